@@ -1,0 +1,1 @@
+"""The nibblecore accelerator as Amaranth components."""

@@ -1,0 +1,28 @@
+"""Errors that a user can cause and can mend; one subclass per cause.
+
+Wrong arguments of a function are :class:`TypeError` or :class:`ValueError` as everywhere in Python.
+"""
+
+
+class NibbleError(Exception):
+    """Base of every error whose cause is the user's model, file, board or installation.
+
+    Parameters
+    ----------
+    message : str
+        One or more sentences: what, where, which value, what is allowed.
+    hint : str, optional
+        What to do about it, as a sentence. ``str(error)`` is the message, a line break and the hint.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}\n{self.hint}"
+
+
+class ToolchainError(NibbleError):
+    """A program that simulation, proof or synthesis needs is missing, too old, or has failed."""
