@@ -26,3 +26,37 @@ class NibbleError(Exception):
 
 class ToolchainError(NibbleError):
     """A program that simulation, proof or synthesis needs is missing, too old, or has failed."""
+
+
+class ConfigError(NibbleError, ValueError):
+    """An ArchConfig that describes no core."""
+
+
+class EncodingError(NibbleError, ValueError):
+    """An instruction field that does not fit, or a word that encodes no instruction."""
+
+
+class ProgramError(NibbleError):
+    """A program file that is truncated, altered, foreign, or of another version or core."""
+
+
+class LintError(NibbleError):
+    """A program that could race, deadlock, leave a buffer or read what nobody wrote."""
+
+
+class CompileError(NibbleError):
+    """A network that the core cannot run as it is.
+
+    Parameters
+    ----------
+    violations : list[str]
+        Every reason at once, one sentence each.
+    """
+
+    def __init__(self, violations: list[str], *, hint: str | None = None) -> None:
+        super().__init__("\n".join(violations), hint=hint)
+        self.violations = violations
+
+
+class ExecutionError(NibbleError):
+    """A core, simulated or real, that stopped with an error cause or did not finish."""
