@@ -95,10 +95,18 @@ class ArchConfig:
             if field.type is int and (not isinstance(value, int) or isinstance(value, bool)):
                 raise ConfigError(f"{field.name} must be an integer, not {value!r}")
         self._check_choice("lanes", (4, 8, 16, 32, 64))
-        for name, low, high in (("columns", 1, 256), ("post_lanes", 1, 64), ("act_depth", 16, 65536),
-                                ("act_banks", 1, 16), ("weight_depth", 16, 65536), ("bus_bits", 32, 512),
-                                ("acc_depth", 4, 1024), ("burst_beats", 1, 256), ("queue_depth", 2, 64),
-                                ("outstanding", 1, 16)):
+        for name, low, high in (
+            ("columns", 1, 256),
+            ("post_lanes", 1, 64),
+            ("act_depth", 16, 65536),
+            ("act_banks", 1, 16),
+            ("weight_depth", 16, 65536),
+            ("bus_bits", 32, 512),
+            ("acc_depth", 4, 1024),
+            ("burst_beats", 1, 256),
+            ("queue_depth", 2, 64),
+            ("outstanding", 1, 16),
+        ):
             self._check_range(name, low, high)
             if not _is_power_of_two(getattr(self, name)):
                 raise ConfigError(f"{name} must be a power of two, not {getattr(self, name)}")
@@ -112,14 +120,18 @@ class ArchConfig:
         if self.columns % self.post_lanes:
             raise ConfigError(f"post_lanes={self.post_lanes} must divide columns={self.columns}")
         if self.act_depth // self.act_banks < 16:
-            raise ConfigError(f"act_depth={self.act_depth} leaves fewer than 16 words in each of {self.act_banks} banks")
+            raise ConfigError(
+                f"act_depth={self.act_depth} leaves fewer than 16 words in each of {self.act_banks} banks"
+            )
         if self.weight_depth < 2 * (self.columns + self.param_words):
             raise ConfigError(
                 f"weight_depth={self.weight_depth} cannot hold two tiles of {self.columns} words and their "
                 f"{self.param_words} words of requantization records; at least {2 * (self.columns + self.param_words)}"
             )
         if self.bus_bits // 8 * self.burst_beats > 4096:
-            raise ConfigError(f"burst_beats={self.burst_beats} of {self.bus_bits} bits exceed the 4096 bytes of an AXI burst")
+            raise ConfigError(
+                f"burst_beats={self.burst_beats} of {self.bus_bits} bits exceed the 4096 bytes of an AXI burst"
+            )
 
     def _check_range(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)
@@ -222,14 +234,36 @@ class ArchConfig:
 ARCHS: Final[dict[str, ArchConfig]] = {
     a.name: a
     for a in (
-        ArchConfig(name="tiny", lanes=8, columns=4, acc_depth=256, post_lanes=2, act_depth=16384, act_banks=1,
-                   act_memory="single", weight_depth=16384, weight_memory="single", bus_bits=32, burst_beats=16,
-                   outstanding=2, queue_depth=2),
+        ArchConfig(
+            name="tiny",
+            lanes=8,
+            columns=4,
+            acc_depth=256,
+            post_lanes=2,
+            act_depth=16384,
+            act_banks=1,
+            act_memory="single",
+            weight_depth=16384,
+            weight_memory="single",
+            bus_bits=32,
+            burst_beats=16,
+            outstanding=2,
+            queue_depth=2,
+        ),
         ArchConfig(name="small", lanes=16, columns=16, element="bitplane"),
-        ArchConfig(name="large", lanes=32, columns=32, element="bitplane", act_depth=8192, weight_depth=4096,
-                   bus_bits=128),
-        ArchConfig(name="xlarge", lanes=32, columns=64, element="bitplane", post_lanes=8, act_depth=8192,
-                   weight_depth=4096, bus_bits=128),
+        ArchConfig(
+            name="large", lanes=32, columns=32, element="bitplane", act_depth=8192, weight_depth=4096, bus_bits=128
+        ),
+        ArchConfig(
+            name="xlarge",
+            lanes=32,
+            columns=64,
+            element="bitplane",
+            post_lanes=8,
+            act_depth=8192,
+            weight_depth=4096,
+            bus_bits=128,
+        ),
     )
 }
 """Named cores: ``tiny`` for an iCE40 UP5K, ``small`` for an ECP5-25F, ``large`` and ``xlarge`` for an ECP5-85F."""

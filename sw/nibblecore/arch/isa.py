@@ -174,90 +174,121 @@ _TILE_FIELDS: Final = (
 INSTRUCTIONS: Final[Mapping[Opcode, InstructionSpec]] = {
     spec.opcode: spec
     for spec in (
-        InstructionSpec(Opcode.END, None, (), """\
-End of the program. Its ``wait`` and ``signal`` masks must be 0."""),
-        InstructionSpec(Opcode.LOAD, Engine.LOAD,
-                        (Field("target", 1, "buffer: 0 activations, 1 weights"), *_DMA_FIELDS), """\
-Copy words from DRAM to a buffer: for each plane, for each row, ``count0`` consecutive words."""),
-        InstructionSpec(Opcode.MAC, Engine.MAC, (
-            Field("acc_bank", 1, "accumulator bank"),
-            Field("accumulate", 1, "0: the first pass overwrites the accumulators, 1: it adds to them"),
-            Field("shift", 2, "products count 16**shift", allowed=(0, 1, 2)),
-            _address("w_addr", "first word of the first weight tile"),
-            Field("w_step", 8, "words from one pass's weight tile to the next's; 0 uses one tile for all"),
-            _address("x_addr", "word of pixel (y0, x0), brick 0, which may lie outside the map"),
-            *_TILE_FIELDS,
-            _count("bricks", 10, "input words of each pixel that are multiplied"),
-            _count("kernel_x", 6, "kernel columns"),
-            _count("kernel_y", 6, "kernel rows"),
-            _step("ox_step", 16, "words from output pixel to output pixel"),
-            _step("oy_step", 16, "words from output row to output row"),
-            _step("brick_step", 12, "words from brick to brick"),
-            _step("kx_step", 16, "words from tap to tap"),
-            _step("ky_step", 16, "words from kernel row to kernel row"),
-            *_WINDOW_FIELDS,
-            Field("pad", 4, "nibble read outside the map", signed=True),
-        ), """\
+        InstructionSpec(
+            Opcode.END,
+            None,
+            (),
+            """\
+End of the program. Its ``wait`` and ``signal`` masks must be 0.""",
+        ),
+        InstructionSpec(
+            Opcode.LOAD,
+            Engine.LOAD,
+            (Field("target", 1, "buffer: 0 activations, 1 weights"), *_DMA_FIELDS),
+            """\
+Copy words from DRAM to a buffer: for each plane, for each row, ``count0`` consecutive words.""",
+        ),
+        InstructionSpec(
+            Opcode.MAC,
+            Engine.MAC,
+            (
+                Field("acc_bank", 1, "accumulator bank"),
+                Field("accumulate", 1, "0: the first pass overwrites the accumulators, 1: it adds to them"),
+                Field("shift", 2, "products count 16**shift", allowed=(0, 1, 2)),
+                _address("w_addr", "first word of the first weight tile"),
+                Field("w_step", 8, "words from one pass's weight tile to the next's; 0 uses one tile for all"),
+                _address("x_addr", "word of pixel (y0, x0), brick 0, which may lie outside the map"),
+                *_TILE_FIELDS,
+                _count("bricks", 10, "input words of each pixel that are multiplied"),
+                _count("kernel_x", 6, "kernel columns"),
+                _count("kernel_y", 6, "kernel rows"),
+                _step("ox_step", 16, "words from output pixel to output pixel"),
+                _step("oy_step", 16, "words from output row to output row"),
+                _step("brick_step", 12, "words from brick to brick"),
+                _step("kx_step", 16, "words from tap to tap"),
+                _step("ky_step", 16, "words from kernel row to kernel row"),
+                *_WINDOW_FIELDS,
+                Field("pad", 4, "nibble read outside the map", signed=True),
+            ),
+            """\
 One output tile of one column tile. Pass ``(ky, kx, brick)``, the last innermost, holds one weight tile; under it all
 ``rows x cols`` pixels stream through the array, and ``acc[bank][oy*cols + ox][column] += 16**shift * sum_lane(x * w)``.
 ``x`` is the word at ``x_addr + oy*oy_step + ox*ox_step + ky*ky_step + kx*kx_step + brick*brick_step``, or ``pad`` in
 every lane where row ``y0 + oy*stride_y + ky*dilation_y`` or column ``x0 + ox*stride_x + kx*dilation_x`` is not valid.
 Pass ``n`` takes its tile at ``w_addr + n*w_step``: ``columns`` words, one per column, lane 0 in the low nibble.
-Sums wrap at ``acc_bits``. ``rows * cols`` must not exceed ``acc_depth``."""),
-        InstructionSpec(Opcode.POST, Engine.POST, (
-            Field("acc_bank", 1, "accumulator bank to drain"),
-            *_TILE_FIELDS,
-            _address("p_addr", "first word of the requantization records, in the weight buffer"),
-            _address("out_addr", "word of output pixel (0, 0) in the activation buffer"),
-            _step("out_ox_step", 12, "words from output pixel to output pixel"),
-            _step("out_oy_step", 16, "words from output row to output row"),
-            Field("mode", 2, "0: 4-bit codes, 1: 8-bit codes, 2: acc + bias as 32 bits", allowed=(0, 1, 2)),
-            _count("bricks", 3, "bricks of the column tile that are written, where columns are a multiple of lanes"),
-            Field("part", 3, "which part of the brick is written, where columns are a part of lanes"),
-            Field("zero", 8, "z_y, zero point of the requantized code", signed=True),
-            Field("low", 8, "clamp", signed=True),
-            Field("high", 8, "clamp", signed=True),
-            Field("add", 1, "1: add a stored tensor behind the requantization"),
-            Field("add_wide", 1, "that tensor has 8-bit codes (a high and a low word per brick)"),
-            _address("add_addr", "its word for output pixel (0, 0)"),
-            _step("add_ox_step", 12, "its words from output pixel to output pixel"),
-            _step("add_oy_step", 16, "its words from output row to output row"),
-            Field("k_a", 16, "factor of the requantized code", signed=True),
-            Field("k_b", 16, "factor of the stored tensor", signed=True),
-            _count("add_shift", 5, "n of the addition, 1..31"),
-            Field("zero_b", 8, "zero point of the stored tensor", signed=True),
-            Field("add_zero", 8, "zero point of the sum", signed=True),
-            Field("add_low", 8, "clamp of the sum", signed=True),
-            Field("add_high", 8, "clamp of the sum", signed=True),
-        ), """\
+Sums wrap at ``acc_bits``. ``rows * cols`` must not exceed ``acc_depth``.""",
+        ),
+        InstructionSpec(
+            Opcode.POST,
+            Engine.POST,
+            (
+                Field("acc_bank", 1, "accumulator bank to drain"),
+                *_TILE_FIELDS,
+                _address("p_addr", "first word of the requantization records, in the weight buffer"),
+                _address("out_addr", "word of output pixel (0, 0) in the activation buffer"),
+                _step("out_ox_step", 12, "words from output pixel to output pixel"),
+                _step("out_oy_step", 16, "words from output row to output row"),
+                Field("mode", 2, "0: 4-bit codes, 1: 8-bit codes, 2: acc + bias as 32 bits", allowed=(0, 1, 2)),
+                _count(
+                    "bricks", 3, "bricks of the column tile that are written, where columns are a multiple of lanes"
+                ),
+                Field("part", 3, "which part of the brick is written, where columns are a part of lanes"),
+                Field("zero", 8, "z_y, zero point of the requantized code", signed=True),
+                Field("low", 8, "clamp", signed=True),
+                Field("high", 8, "clamp", signed=True),
+                Field("add", 1, "1: add a stored tensor behind the requantization"),
+                Field("add_wide", 1, "that tensor has 8-bit codes (a high and a low word per brick)"),
+                _address("add_addr", "its word for output pixel (0, 0)"),
+                _step("add_ox_step", 12, "its words from output pixel to output pixel"),
+                _step("add_oy_step", 16, "its words from output row to output row"),
+                Field("k_a", 16, "factor of the requantized code", signed=True),
+                Field("k_b", 16, "factor of the stored tensor", signed=True),
+                _count("add_shift", 5, "n of the addition, 1..31"),
+                Field("zero_b", 8, "zero point of the stored tensor", signed=True),
+                Field("add_zero", 8, "zero point of the sum", signed=True),
+                Field("add_low", 8, "clamp of the sum", signed=True),
+                Field("add_high", 8, "clamp of the sum", signed=True),
+            ),
+            """\
 Drain one output tile: per pixel and column ``q = clamp(((acc + bias) * mult + 2**(shift-1) >> shift) + zero, low,
 high)`` with the column's record ``bias`` (signed 32), ``mult`` (signed 18), ``shift`` (6, 1..47), 64 bits each from bit
 0. With ``add``: ``clamp(add_zero + ((q - zero)*k_a + (b - zero_b)*k_b + 2**(n-1) >> n), add_low, add_high)``, where
 ``q`` is an 8-bit code. INT4 writes one word per brick; INT8 a high word, then a low word; RAW32 writes ``acc + bias``
 sign-extended to 32 bits, ``32*lanes/word_bits`` consecutive words per brick, channel 0 first, and ignores the rest.
 Bricks of one pixel follow each other. Where columns are a part of lanes, only nibbles ``part*columns`` onwards of each
-word are written (RAW32: the words of that part). ``add`` together with RAW32 is illegal."""),
-        InstructionSpec(Opcode.POOL, Engine.POST, (
-            _address("in_addr", "word of pixel (y0, x0), brick 0, which may lie outside the map"),
-            _address("out_addr", "word of output pixel (0, 0), brick 0"),
-            *_TILE_FIELDS,
-            _count("bricks", 8, "bricks (of 8-bit codes: pairs of words)"),
-            _count("kernel_x", 5, "window columns"),
-            _count("kernel_y", 5, "window rows"),
-            _step("ox_step", 12, "input words from output pixel to output pixel"),
-            _step("oy_step", 16, "input words from output row to output row"),
-            _step("kx_step", 12, "words from tap to tap"),
-            _step("ky_step", 16, "words from window row to window row"),
-            _step("brick_step", 4, "words from brick to brick, input and output alike"),
-            _step("out_ox_step", 12, "output words from pixel to pixel"),
-            _step("out_oy_step", 16, "output words from row to row"),
-            *_WINDOW_FIELDS,
-            Field("wide", 1, "8-bit codes: a high and a low word per brick"),
-        ), """\
+word are written (RAW32: the words of that part). ``add`` together with RAW32 is illegal.""",
+        ),
+        InstructionSpec(
+            Opcode.POOL,
+            Engine.POST,
+            (
+                _address("in_addr", "word of pixel (y0, x0), brick 0, which may lie outside the map"),
+                _address("out_addr", "word of output pixel (0, 0), brick 0"),
+                *_TILE_FIELDS,
+                _count("bricks", 8, "bricks (of 8-bit codes: pairs of words)"),
+                _count("kernel_x", 5, "window columns"),
+                _count("kernel_y", 5, "window rows"),
+                _step("ox_step", 12, "input words from output pixel to output pixel"),
+                _step("oy_step", 16, "input words from output row to output row"),
+                _step("kx_step", 12, "words from tap to tap"),
+                _step("ky_step", 16, "words from window row to window row"),
+                _step("brick_step", 4, "words from brick to brick, input and output alike"),
+                _step("out_ox_step", 12, "output words from pixel to pixel"),
+                _step("out_oy_step", 16, "output words from row to row"),
+                *_WINDOW_FIELDS,
+                Field("wide", 1, "8-bit codes: a high and a low word per brick"),
+            ),
+            """\
 Max-pool stored codes: per output pixel, brick and lane the largest code of the window's valid taps, and the lowest
-code (-8, or -128 for 8-bit codes) where no tap is valid."""),
-        InstructionSpec(Opcode.STORE, Engine.STORE, _DMA_FIELDS, """\
-Copy words from the activation buffer to DRAM, as LOAD does in the other direction."""),
+code (-8, or -128 for 8-bit codes) where no tap is valid.""",
+        ),
+        InstructionSpec(
+            Opcode.STORE,
+            Engine.STORE,
+            _DMA_FIELDS,
+            """\
+Copy words from the activation buffer to DRAM, as LOAD does in the other direction.""",
+        ),
     )
 }
 
@@ -284,7 +315,9 @@ class Instruction:
         return disassemble(self)
 
 
-def make(opcode: Opcode, /, *, wait: Iterable[Engine] = (), signal: Iterable[Engine] = (), **values: int) -> Instruction:
+def make(
+    opcode: Opcode, /, *, wait: Iterable[Engine] = (), signal: Iterable[Engine] = (), **values: int
+) -> Instruction:
     """Build an instruction; fields left out take the value that encodes as 0 (counts: 1)."""
     spec = INSTRUCTIONS[opcode]
     fields = {f.name: f.offset for f in spec.all_fields}
@@ -305,8 +338,11 @@ def _check_masks(spec: InstructionSpec, wait: int, signal: int) -> None:
     for name, mask in (("wait", wait), ("signal", signal)):
         if mask & own:
             who = "END" if spec.engine is None else spec.engine.name
-            raise EncodingError(f"{spec.opcode.name}.{name}={mask:#06b} names {who} itself" if spec.engine is not None
-                                else f"END.{name}={mask:#06b} must be 0")
+            raise EncodingError(
+                f"{spec.opcode.name}.{name}={mask:#06b} names {who} itself"
+                if spec.engine is not None
+                else f"END.{name}={mask:#06b} must be 0"
+            )
 
 
 def _check_combination(spec: InstructionSpec, fields: Mapping[str, int]) -> None:
@@ -385,6 +421,9 @@ def disassemble(instruction: Instruction) -> str:
     for name, arrow in (("wait", "<-"), ("signal", "->")):
         if mask := instruction.fields[name]:
             parts.append(arrow + ",".join(e.name.lower() for e in engines_in(mask)))
-    parts += [f"{f.name}={instruction.fields[f.name]}" for f in instruction.spec.fields
-              if instruction.fields[f.name] != f.offset]
+    parts += [
+        f"{f.name}={instruction.fields[f.name]}"
+        for f in instruction.spec.fields
+        if instruction.fields[f.name] != f.offset
+    ]
     return " ".join(parts)

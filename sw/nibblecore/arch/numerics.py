@@ -60,8 +60,9 @@ def requantize(acc: Any, bias: Any, mult: Any, shift: Any) -> Any:
     return rounding_shift((acc + bias) * mult, shift)
 
 
-def residual_add(a: Any, b: Any, *, zero_a: int, zero_b: int, k_a: int, k_b: int, n: int, zero: int,
-                 low: int, high: int) -> Any:
+def residual_add(
+    a: Any, b: Any, *, zero_a: int, zero_b: int, k_a: int, k_b: int, n: int, zero: int, low: int, high: int
+) -> Any:
     """``clamp(zero + (((a - zero_a)*k_a + (b - zero_b)*k_b + 2**(n-1)) >> n), low, high)``, one rounding."""
     return clamp(zero + rounding_shift((a - zero_a) * k_a + (b - zero_b) * k_b, n), low, high)
 

@@ -113,40 +113,90 @@ COUNTER_DOC: Final = {
 def _build() -> dict[str, Register]:
     registers = [
         Register("MAGIC", 0x000, "ro", "identifies the core: ASCII NIBL", reset=MAGIC),
-        Register("VERSION", 0x004, "ro", "version of the instruction set", (RegisterField("isa", 0, 16, "ISA version"),)),
+        Register(
+            "VERSION", 0x004, "ro", "version of the instruction set", (RegisterField("isa", 0, 16, "ISA version"),)
+        ),
         Register("CONFIG_HASH", 0x008, "ro", "hash of the ArchConfig (ArchConfig.hash)"),
-        Register("CONTROL", 0x010, "wo", "commands; a write of 1 acts, 0 does nothing", (
-            RegisterField("start", 0, 1, "fetch from region 0; ignored unless idle"),
-            RegisterField("reset", 1, 1, "soft reset: finish the bus transactions in flight, then clear all state but "
-                                         "regions, watchdog and interrupt enable"),
-        )),
-        Register("STATUS", 0x014, "ro", "what the core does", (
-            RegisterField("idle", 0, 1, "never started, or done, or reset"),
-            RegisterField("running", 1, 1, "a program runs"),
-            RegisterField("done", 2, 1, "the last program ended without error"),
-            RegisterField("error", 3, 1, "the core has stopped, see ERROR; only a soft reset leaves this state"),
-            RegisterField("resetting", 4, 1, "a soft reset waits for the bus"),
-        ), reset=1),
-        Register("IRQ_ENABLE", 0x018, "rw", "1: the interrupt line is high while IRQ_STATUS is not 0",
-                 (RegisterField("enable", 0, 1, "enable"),)),
-        Register("IRQ_STATUS", 0x01C, "w1c", "pending interrupt causes, cleared by writing 1", (
-            RegisterField("done", 0, 1, "a program ended"),
-            RegisterField("error", 1, 1, "the core stopped with an error"),
-        )),
-        Register("ERROR", 0x020, "ro", "the first error since start", (
-            RegisterField("cause", 0, 8, "ErrorCause"),
-            RegisterField("unit", 8, 8, "ErrorUnit"),
-        )),
+        Register(
+            "CONTROL",
+            0x010,
+            "wo",
+            "commands; a write of 1 acts, 0 does nothing",
+            (
+                RegisterField("start", 0, 1, "fetch from region 0; ignored unless idle"),
+                RegisterField(
+                    "reset",
+                    1,
+                    1,
+                    "soft reset: finish the bus transactions in flight, then clear all state but "
+                    "regions, watchdog and interrupt enable",
+                ),
+            ),
+        ),
+        Register(
+            "STATUS",
+            0x014,
+            "ro",
+            "what the core does",
+            (
+                RegisterField("idle", 0, 1, "never started, or done, or reset"),
+                RegisterField("running", 1, 1, "a program runs"),
+                RegisterField("done", 2, 1, "the last program ended without error"),
+                RegisterField("error", 3, 1, "the core has stopped, see ERROR; only a soft reset leaves this state"),
+                RegisterField("resetting", 4, 1, "a soft reset waits for the bus"),
+            ),
+            reset=1,
+        ),
+        Register(
+            "IRQ_ENABLE",
+            0x018,
+            "rw",
+            "1: the interrupt line is high while IRQ_STATUS is not 0",
+            (RegisterField("enable", 0, 1, "enable"),),
+        ),
+        Register(
+            "IRQ_STATUS",
+            0x01C,
+            "w1c",
+            "pending interrupt causes, cleared by writing 1",
+            (
+                RegisterField("done", 0, 1, "a program ended"),
+                RegisterField("error", 1, 1, "the core stopped with an error"),
+            ),
+        ),
+        Register(
+            "ERROR",
+            0x020,
+            "ro",
+            "the first error since start",
+            (
+                RegisterField("cause", 0, 8, "ErrorCause"),
+                RegisterField("unit", 8, 8, "ErrorUnit"),
+            ),
+        ),
         Register("ERROR_INDEX", 0x024, "ro", "index of the instruction that met the error"),
-        Register("ERROR_WAITS", 0x028, "ro", "per engine (4 bits each, LOAD lowest), the engines whose semaphores it "
-                                            "waits for; frozen at an error"),
-        Register("WATCHDOG", 0x02C, "rw", "cycles without progress of any engine that stop the core; 0 switches it off",
-                 reset=1 << 20),
+        Register(
+            "ERROR_WAITS",
+            0x028,
+            "ro",
+            "per engine (4 bits each, LOAD lowest), the engines whose semaphores it waits for; frozen at an error",
+        ),
+        Register(
+            "WATCHDOG",
+            0x02C,
+            "rw",
+            "cycles without progress of any engine that stop the core; 0 switches it off",
+            reset=1 << 20,
+        ),
     ]
     for i in range(REGIONS):
         registers += [
-            Register(f"REGION{i}_BASE", 0x040 + 8 * i, "rw", f"byte address of region {i}; a multiple of the bus beat "
-                                                             "and of the word"),
+            Register(
+                f"REGION{i}_BASE",
+                0x040 + 8 * i,
+                "rw",
+                f"byte address of region {i}; a multiple of the bus beat and of the word",
+            ),
             Register(f"REGION{i}_SIZE", 0x044 + 8 * i, "rw", f"bytes of region {i}; 0 refuses every access"),
         ]
     registers += [Register(f"COUNT_{c.name}", 0x100 + 4 * c, "ro", COUNTER_DOC[c]) for c in Counter]
