@@ -111,6 +111,14 @@ def _step(name: str, bits: int, doc: str) -> Field:
 
 
 @dataclasses.dataclass(frozen=True)
+class Forbidden:
+    """Field values that are illegal when they come together, and the error that says so."""
+
+    values: Mapping[str, int]
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
 class InstructionSpec:
     """Opcode, the engine that runs it (None: fetch itself), its fields after the header, and what it does."""
 
@@ -118,6 +126,7 @@ class InstructionSpec:
     engine: Engine | None
     fields: tuple[Field, ...]
     doc: str
+    forbidden: tuple[Forbidden, ...] = ()
 
     @property
     def all_fields(self) -> tuple[Field, ...]:
@@ -347,10 +356,9 @@ def _check_masks(spec: InstructionSpec, wait: int, signal: int) -> None:
 
 def _check_combination(spec: InstructionSpec, fields: Mapping[str, int]) -> None:
     _check_masks(spec, fields["wait"], fields["signal"])
-    if spec.opcode is Opcode.POST and fields["add"] and fields["mode"] == OutputMode.RAW32:
-        raise EncodingError("POST.add=1 cannot go with mode=2 (RAW32)")
-    if spec.opcode is Opcode.POST and fields["add_shift"] > 31:
-        raise EncodingError(f"POST.add_shift={fields['add_shift']} is not in 1..31")
+    for rule in spec.forbidden:
+        if all(fields[name] == value for name, value in rule.values.items()):
+            raise EncodingError(rule.why)
 
 
 def encode(instruction: Instruction) -> int:
