@@ -266,6 +266,10 @@ high)`` with the column's record ``bias`` (signed 32), ``mult`` (signed 18), ``s
 sign-extended to 32 bits, ``32*lanes/word_bits`` consecutive words per brick, channel 0 first, and ignores the rest.
 Bricks of one pixel follow each other. Where columns are a part of lanes, only nibbles ``part*columns`` onwards of each
 word are written (RAW32: the words of that part). ``add`` together with RAW32 is illegal.""",
+            (
+                Forbidden({"add": 1, "mode": int(OutputMode.RAW32)}, "POST.add=1 cannot go with mode=2 (RAW32)"),
+                Forbidden({"add_shift": 32}, "POST.add_shift=32 is not in 1..31"),
+            ),
         ),
         InstructionSpec(
             Opcode.POOL,
