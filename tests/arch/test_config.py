@@ -1,6 +1,7 @@
 import re
 
 import pytest
+
 from nibblecore.arch.config import ARCHS, ArchConfig, get_arch
 from nibblecore.errors import ConfigError
 
@@ -54,7 +55,10 @@ def test_hash_ignores_what_programs_do_not_see() -> None:
     base = config(element="generic")
     assert base.hash == base.replace(name="other", element="bitplane").hash
     assert base.hash != base.replace(act_depth=8192).hash
-    assert base.differences(base.replace(act_depth=8192, bus_bits=128)) == ["act_depth: 4096, not 8192", "bus_bits: 64, not 128"]
+    assert base.differences(base.replace(act_depth=8192, bus_bits=128)) == [
+        "act_depth: 4096, not 8192",
+        "bus_bits: 64, not 128",
+    ]
 
 
 @pytest.mark.parametrize(

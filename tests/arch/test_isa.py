@@ -2,6 +2,7 @@ import random
 import re
 
 import pytest
+
 from nibblecore.arch import isa
 from nibblecore.arch.isa import Engine, Instruction, Opcode
 from nibblecore.errors import EncodingError
@@ -9,8 +10,10 @@ from nibblecore.errors import EncodingError
 
 def random_instruction(rng: random.Random) -> Instruction:
     spec = isa.INSTRUCTIONS[rng.choice(list(Opcode))]
-    fields = {f.name: rng.choice(f.allowed) if f.allowed else rng.choice((f.low, f.high, rng.randint(f.low, f.high)))
-              for f in spec.all_fields}
+    fields = {
+        f.name: rng.choice(f.allowed) if f.allowed else rng.choice((f.low, f.high, rng.randint(f.low, f.high)))
+        for f in spec.all_fields
+    }
     own = 0 if spec.engine is None else ~(1 << spec.engine) & 0xF
     fields |= {"opcode": int(spec.opcode), "wait": fields["wait"] & own, "signal": fields["signal"] & own}
     if spec.opcode is Opcode.POST:
@@ -53,7 +56,10 @@ def encoded(name: str, value: int) -> Instruction:
         (lambda: isa.decode(1 | 1 << 255), "END has bits set above its last field, at 12..255"),
         (lambda: isa.decode(3 | 3 << 14), "MAC.shift=3 is not one of 0, 1, 2"),
         (lambda: isa.from_bytes(bytes(33)), "33 bytes are not a multiple of the 32 of an instruction"),
-        (lambda: isa.from_bytes(isa.to_bytes([isa.make(Opcode.END)]) + bytes(32)), "instruction 1: there is no opcode 0"),
+        (
+            lambda: isa.from_bytes(isa.to_bytes([isa.make(Opcode.END)]) + bytes(32)),
+            "instruction 1: there is no opcode 0",
+        ),
     ],
 )
 def test_illegal_encodings_are_named(call: object, text: str) -> None:

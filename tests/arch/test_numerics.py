@@ -3,6 +3,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+
 from nibblecore.arch import numerics
 
 
@@ -101,7 +102,9 @@ def test_add_factors() -> None:
         numerics.add_factors(1.0, 20000.0, 1.0)
 
 
-@pytest.mark.parametrize(("value", "bits", "want"), [(1 << 23, 24, -(1 << 23)), (-(1 << 23) - 1, 24, (1 << 23) - 1), (-8, 4, -8)])
+@pytest.mark.parametrize(
+    ("value", "bits", "want"), [(1 << 23, 24, -(1 << 23)), (-(1 << 23) - 1, 24, (1 << 23) - 1), (-8, 4, -8)]
+)
 def test_wrap(value: int, bits: int, want: int) -> None:
     assert numerics.wrap(value, bits) == want
     assert numerics.wrap(np.array([value]), bits)[0] == want

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+
 from nibblecore.arch.pages import PAGES
 
 HW = Path(__file__).parents[2] / "hw"
