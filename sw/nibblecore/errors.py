@@ -58,5 +58,35 @@ class CompileError(NibbleError):
         self.violations = violations
 
 
+class GraphError(NibbleError):
+    """An integer graph that breaks the rules of :mod:`nibblecore.ir.graph`.
+
+    Parameters
+    ----------
+    violations : list[str]
+        Every broken rule at once, one sentence each.
+    """
+
+    def __init__(self, violations: list[str], *, hint: str | None = None) -> None:
+        super().__init__("\n".join(violations), hint=hint)
+        self.violations = violations
+
+
+class TrainingError(NibbleError):
+    """Training that cannot go on: steps without calibration, a loss that is no number."""
+
+
+class CheckpointError(NibbleError):
+    """A checkpoint that is truncated, altered, foreign, or of another model."""
+
+
 class ExecutionError(NibbleError):
     """A core, simulated or real, that stopped with an error cause or did not finish."""
+
+
+class SimulationError(NibbleError):
+    """A bench on the hardware failed, or did not come to an end."""
+
+
+class ProofError(NibbleError):
+    """A property of the hardware does not hold, cannot be reached, or could not be decided."""

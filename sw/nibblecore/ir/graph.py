@@ -1,8 +1,8 @@
 """Frozen nodes of the integer graph, with explicit quantization.
 
 A graph is a tuple of nodes in topological order; a node names the tensors it reads and the one it writes. Every tensor
-holds *stored codes* (see :mod:`nibblecore.arch.numerics`) of shape ``(C, H, W)`` for one image; ``real = scale * (code -
-zero)``. Arithmetic is that of design contract and :mod:`nibblecore.arch.numerics`, exactly: the interpreter of
+holds *stored codes* (see :mod:`nibblecore.arch.numerics`) of shape ``(C, H, W)`` for one image, with
+``real = scale * (code - zero)``. Arithmetic is that of :mod:`nibblecore.arch.numerics`, exactly: the interpreter of
 :mod:`nibblecore.ir.interpret` executes a graph layer by layer and is what program-level results are compared with.
 """
 
