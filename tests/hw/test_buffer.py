@@ -1,0 +1,118 @@
+# amaranth: UnusedElaboratable=no
+"""BankedBuffer against a Python memory: random requests on every port, every cycle."""
+
+import random
+from typing import Any
+
+import pytest
+from amaranth.sim import Simulator
+
+from nibblecore_hw.layouts import READ_LATENCY
+from nibblecore_hw.mem.buffer import BankedBuffer
+
+GOOD: dict[str, Any] = {
+    "depth": 64, "banks": 4, "word_bits": 16, "parts": 1, "kind": "dual", "readers": 3, "writers": 2,
+}  # fmt: skip
+
+
+def run(dut: BankedBuffer, bench: Any) -> None:
+    sim = Simulator(dut)
+    sim.add_clock(1e-6)
+    sim.add_testbench(bench)
+    sim.run()
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    ("kind", "banks", "parts"), [("dual", 1, 1), ("dual", 4, 1), ("dual", 2, 4), ("single", 1, 2), ("single", 4, 4)]
+)
+def test_random_accesses(kind: str, banks: int, parts: int, seed: int) -> None:
+    arguments = GOOD | {"kind": kind, "banks": banks, "parts": parts, "checks": True}
+    dut = BankedBuffer(**arguments)
+    rng = random.Random(seed)
+    memory = [0] * dut.depth
+    expected: list[tuple[int, int, int]] = []  # cycle, reader, word
+    bank = lambda addr: addr * banks // dut.depth  # noqa: E731
+    grants = 0
+
+    async def bench(ctx: Any) -> None:
+        nonlocal grants
+        for cycle in range(600):
+            note = f"{kind=} {banks=} {parts=} {seed=} {cycle=}"
+            for when, reader, word in list(expected):
+                if when == cycle:
+                    assert ctx.get(dut.reads[reader].data) == word, f"reader {reader}: {note}"
+                    expected.remove((when, reader, word))
+            # Ports crowd into few addresses, so that banks and words collide often.
+            writes = [(rng.random() < 0.5, rng.randrange(dut.depth) & 0x33, rng.getrandbits(16), rng.getrandbits(parts))
+                      for _ in dut.writes]  # fmt: skip
+            reads = [(rng.random() < 0.5, rng.randrange(dut.depth) & 0x33) for _ in dut.reads]
+            won_w = [not any(v and bank(a) == bank(w[1]) for v, a, _, _ in writes[:j]) for j, w in enumerate(writes)]
+            if kind == "dual":
+                taken = {a for (v, a, _, _), won in zip(writes, won_w, strict=True) if v and won}
+                reads = [(v and a not in taken, a) for v, a in reads]
+            else:
+                taken = set()
+            won_r = []
+            for i, (_, addr) in enumerate(reads):
+                winners = [(v, a) for v, a, *_ in writes] if kind == "single" else []
+                won_r.append(not any(v and bank(a) == bank(addr) for v, a in [*reads[:i], *winners]))
+            for port, (valid, addr, data, mask) in zip(dut.writes, writes, strict=True):
+                ctx.set(port.valid, valid)
+                ctx.set(port.addr, addr)
+                ctx.set(port.data, data)
+                ctx.set(port.mask, mask)
+            for port, (valid, addr) in zip(dut.reads, reads, strict=True):
+                ctx.set(port.valid, valid)
+                ctx.set(port.addr, addr)
+            assert [ctx.get(p.ready) for p in dut.writes] == won_w, note
+            assert [ctx.get(p.ready) for p in dut.reads] == won_r, note
+            conflicts = sum((v and not won) << i for i, ((v, _), won) in enumerate(zip(reads, won_r, strict=True)))
+            assert ctx.get(dut.conflicts) == conflicts, note
+            for i, ((valid, addr), won) in enumerate(zip(reads, won_r, strict=True)):
+                if valid and won:
+                    expected.append((cycle + READ_LATENCY, i, memory[addr]))
+                    grants += 1
+            part_bits = dut.word_bits // parts
+            for (valid, addr, data, mask), won in zip(writes, won_w, strict=True):
+                if valid and won:
+                    for p in range(parts):
+                        if mask >> p & 1:
+                            field = ((1 << part_bits) - 1) << p * part_bits
+                            memory[addr] = memory[addr] & ~field | data & field
+            await ctx.tick()
+
+    run(dut, bench)
+    assert grants > 100, f"{kind=} {banks=} {parts=} {seed=}"
+
+
+def test_read_while_written_is_caught() -> None:
+    dut = BankedBuffer(**GOOD, checks=True)
+
+    async def bench(ctx: Any) -> None:
+        for port in (dut.writes[0], dut.reads[0]):
+            ctx.set(port.valid, 1)
+            ctx.set(port.addr, 35)
+        ctx.set(dut.writes[0].mask, 1)
+        await ctx.tick()
+        await ctx.tick()
+
+    with pytest.raises(AssertionError, match="a word of bank 2 is read while written"):
+        run(dut, bench)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"depth": 48}, "depth must be a power of two, not 48"),
+        ({"banks": 3}, "banks must be a power of two, not 3"),
+        ({"depth": 4}, "depth=4 leaves fewer than 2 words in each of 4 banks"),
+        ({"parts": 3}, "parts=3 must divide word_bits=16"),
+        ({"kind": "triple"}, "kind must be 'dual' or 'single', not 'triple'"),
+        ({"readers": 0}, "readers must be at least 1, not 0"),
+        ({"writers": 0}, "writers must be at least 1, not 0"),
+    ],
+)
+def test_arguments(change: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=f"^{text}$"):
+        BankedBuffer(**GOOD | change)
