@@ -1,0 +1,103 @@
+"""The hardware decoder accepts exactly what `isa.decode` accepts."""
+
+import random
+from collections.abc import Iterable
+
+import pytest
+from amaranth.sim import Simulator, SimulatorContext
+from nibblecore.arch import isa
+from nibblecore.arch.isa import INSTRUCTION_BITS, INSTRUCTIONS, Engine, InstructionSpec, Opcode
+from nibblecore_hw.ctrl.decode import Decoder
+
+
+def random_legal(spec: InstructionSpec, rng: random.Random) -> int:
+    """A word with random values in every field that `isa.decode` accepts."""
+    while True:
+        fields = {f.name: rng.choice(f.allowed) if f.allowed else rng.randint(f.low, f.high) for f in spec.all_fields}
+        own = 0b1111 if spec.engine is None else 1 << spec.engine
+        fields |= {"opcode": int(spec.opcode), "wait": fields["wait"] & ~own, "signal": fields["signal"] & ~own}
+        try:
+            return isa.encode(isa.Instruction(spec.opcode, fields))
+        except isa.EncodingError:
+            continue
+
+
+def check(words: Iterable[int], note: str) -> tuple[int, int]:
+    """Compare the decoder with `isa.decode`; how many words were legal, and how many not."""
+    dut = Decoder()
+    seen = [0, 0]
+
+    async def bench(ctx: SimulatorContext) -> None:
+        for word in words:
+            ctx.set(dut.word, word)
+            await ctx.delay(1e-9)
+            legal = Decoder.is_legal(word)
+            assert ctx.get(dut.legal) == legal, f"{word:#066x} ({note})"
+            seen[not legal] += 1
+            if legal:
+                engine = Decoder.model(word)
+                assert ctx.get(dut.end) == (engine is None), f"{word:#066x} ({note})"
+                if engine is not None:
+                    assert ctx.get(dut.engine) == engine, f"{word:#066x} ({note})"
+
+    sim = Simulator(dut)
+    sim.add_testbench(bench)
+    sim.run()
+    return seen[0], seen[1]
+
+
+@pytest.mark.parametrize("opcode", Opcode)
+@pytest.mark.parametrize("seed", [1])
+def test_every_single_flipped_bit(opcode: Opcode, seed: int) -> None:
+    rng = random.Random(f"{opcode}{seed}")
+    words = []
+    for _ in range(3):
+        word = random_legal(INSTRUCTIONS[opcode], rng)
+        words += [word, *(word ^ 1 << bit for bit in range(INSTRUCTION_BITS))]
+    legal, illegal = check(words, f"seed {seed}")
+    assert legal >= 3
+    assert illegal >= 3 * (INSTRUCTION_BITS - INSTRUCTIONS[opcode].bits)
+
+
+@pytest.mark.parametrize("seed", [2, 3])
+def test_random_words(seed: int) -> None:
+    rng = random.Random(seed)
+    words = []
+    for _ in range(400):
+        word = random_legal(INSTRUCTIONS[rng.choice(list(Opcode))], rng)
+        for _ in range(rng.randrange(4)):
+            word ^= 1 << rng.randrange(INSTRUCTION_BITS)
+        words += [word, rng.getrandbits(INSTRUCTION_BITS), rng.getrandbits(rng.randrange(INSTRUCTION_BITS))]
+    legal, illegal = check(words, f"seed {seed}")
+    assert legal > 50
+    assert illegal > 50
+
+
+def test_every_class_of_illegal_encodings() -> None:
+    words: list[int] = []
+    for code in range(16):
+        words += [code, code | 0b0101 << 4 | 0b1010 << 8]
+    for spec in INSTRUCTIONS.values():
+        base = isa.encode(isa.make(spec.opcode))
+        for mask in range(16):  # own-engine bits of both masks; all bits for END
+            words += [base | mask << 4, base | mask << 8]
+        for low, field in spec.layout().values():
+            if field.allowed is not None:  # all codes of enumerated fields
+                words += [base & ~((1 << field.bits) - 1 << low) | code << low for code in range(1 << field.bits)]
+        for rule in spec.forbidden:  # the combination, and each part of it alone
+            layout = spec.layout()
+            for names in (list(rule.values), *([n] for n in rule.values)):
+                word = base
+                for name in names:
+                    low, field = layout[name]
+                    word |= (rule.values[name] - field.offset & (1 << field.bits) - 1) << low
+                words.append(word)
+        words += [base | 1 << bit for bit in range(spec.bits, INSTRUCTION_BITS)]  # spare bits
+    legal, illegal = check(words, "enumerated")
+    assert legal > 80
+    assert illegal > 300
+
+
+def test_model_names_the_engine() -> None:
+    assert Decoder.model(isa.encode(isa.make(Opcode.POOL))) is Engine.POST
+    assert Decoder.model(isa.encode(isa.make(Opcode.END))) is None
