@@ -75,8 +75,8 @@ def acc_read_port(arch: ArchConfig) -> Signature:
 READ_LATENCY = 2
 """Edges from a granted buffer read to its data: block RAM, then a register behind the bank multiplexer."""
 
-ACC_READ_LATENCY = 2
-"""Edges from an accumulator read to its data: block RAM, then a register behind the group multiplexer."""
+ACC_READ_LATENCY = 3
+"""Edges from an accumulator read to its data: block RAM, a register at its output, and one behind the group multiplexer."""
 
 
 def regions_layout(arch: ArchConfig) -> data.ArrayLayout:
