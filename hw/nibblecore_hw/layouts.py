@@ -4,6 +4,7 @@ from amaranth import Shape, signed, unsigned
 from amaranth.lib import data, stream
 from amaranth.lib.wiring import In, Out, Signature
 from amaranth.utils import ceil_log2
+
 from nibblecore.arch.config import PARAM_BITS, ArchConfig
 from nibblecore.arch.isa import INSTRUCTION_BITS, INSTRUCTIONS, REGIONS, Opcode
 from nibblecore.arch.numerics import BIAS_BITS, MULT_BITS
@@ -64,8 +65,8 @@ def write_port(*, addr_bits: int, word_bits: int, parts: int) -> Signature:
 def acc_read_port(arch: ArchConfig) -> Signature:
     """Post unit's side of the accumulators: one pixel's ``post_lanes`` columns of column group ``group``.
 
-    ``data`` is valid ``ACC_READ_LATENCY`` edges after an edge with ``en``. Never stalls: programs never drain a bank that
-    the array is writing.
+    ``data`` is valid ``ACC_READ_LATENCY`` edges after an edge with ``en``. Never stalls: programs never drain a bank
+    that the array is writing.
     """
     return Signature({"bank": Out(1), "addr": Out(ceil_log2(arch.acc_depth)),
                       "group": Out(ceil_log2(arch.columns // arch.post_lanes)), "en": Out(1),
@@ -76,7 +77,7 @@ READ_LATENCY = 2
 """Edges from a granted buffer read to its data: block RAM, then a register behind the bank multiplexer."""
 
 ACC_READ_LATENCY = 3
-"""Edges from an accumulator read to its data: block RAM, a register at its output, and one behind the group multiplexer."""
+"""Edges from an accumulator read to its data: block RAM, a register at its output, one behind the group multiplexer."""
 
 
 def regions_layout(arch: ArchConfig) -> data.ArrayLayout:
