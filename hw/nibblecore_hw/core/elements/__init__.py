@@ -1,0 +1,42 @@
+"""Processing elements of the array: several implementations behind :class:`DotElement`, with the same sums."""
+
+from typing import Any, Final
+
+from .base import DotElement
+from .bitplane import TECHNOLOGIES, BitplaneDot
+from .generic import GenericDot
+
+ELEMENTS: Final[dict[str, type[DotElement]]] = {"generic": GenericDot, "bitplane": BitplaneDot}
+"""Elements by the name that ``ArchConfig.element`` gives them."""
+
+
+def make_element(kind: str, *, lanes: int, technology: str = "generic", **options: Any) -> DotElement:
+    """Construct the element of a name.
+
+    Parameters
+    ----------
+    kind : str
+        A key of :data:`ELEMENTS`.
+    lanes : int
+        Products per cycle, a power of two in 1..64.
+    technology : {"generic", "ecp5"}
+        Primitives that the element may instantiate. ``GenericDot`` instantiates none on any technology.
+    **options
+        Further arguments of the element's class.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``kind`` or ``technology`` is unknown, or the class refuses the other arguments.
+    """
+    if kind not in ELEMENTS:
+        raise ValueError(f"element must be one of {', '.join(ELEMENTS)}, not {kind!r}")
+    if technology not in TECHNOLOGIES:
+        raise ValueError(f"technology must be one of {', '.join(TECHNOLOGIES)}, not {technology!r}")
+    element = ELEMENTS[kind]
+    if element is BitplaneDot:
+        options["technology"] = technology
+    return element(lanes=lanes, **options)
+
+
+__all__ = ["ELEMENTS", "TECHNOLOGIES", "BitplaneDot", "DotElement", "GenericDot", "make_element"]

@@ -1,0 +1,159 @@
+"""Adders of a plan as merged carry chains of the ECP5.
+
+A ``CCU2C`` is two half-cells, each a 4-input table with a carry: ``S = T(A, B, C, D) ^ carry``; the carry out is the
+carry in where ``T`` is 1, and elsewhere what the table says for ``A, B`` with ``C = D = 0``. (Source: the cell model of
+Yosys, ``ecp5/ccu2c_sim.vh``.) So one half-cell adds two bit products: ``T = (A & B) ^ (C & D)``, whose lowest four
+entries ``A & B`` are the carry that is due where both addends are equal.
+
+nextpnr adds four sites to every chain for entering and leaving it. Adders are therefore put one behind the other, with
+a *joint* between them: a half-cell whose table is 0 for ``C = D = 1``, so that its sum is the carry out of the adder
+below; its carry out, any function of ``A`` and ``B``, is the carry in of the adder above.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from amaranth.hdl import Const, Instance, Module, Signal, Value
+
+from .heap import Bit, Plan, Product, Row, Wire
+
+
+def plan_chains(plan: Plan, *, chain_cells: int) -> list[list[Row]]:
+    """Distribute the rows over chains of at most ``chain_cells`` half-cells, about equally long.
+
+    Rows share a chain only if they are equally far from the registers before them: a chain never runs through logic
+    that comes back to it.
+    """
+    first_level = [plan.stage_of_level.index(stage) for stage in plan.stage_of_level]
+    phases: dict[int, list[Row]] = {}
+    for row in plan.rows:
+        if not row.is_gate:
+            phases.setdefault(row.level - first_level[row.level], []).append(row)
+
+    chains: list[list[Row]] = []
+    for rows in phases.values():
+        count = -(-sum(row.cells + 1 for row in rows) // chain_cells)
+        while True:
+            bins: list[list[Row]] = [[] for _ in range(count)]
+            for row in sorted(rows, key=lambda row: -row.cells):
+                min(bins, key=_half_cells).append(row)
+            if all(_half_cells(chain) <= chain_cells for chain in bins):
+                break
+            count += 1
+        for chain in bins:
+            # A carry that is no product enters the chain without a joint before the first row.
+            chain.sort(key=lambda row: isinstance(row.carry, Product))
+            chains.append(chain)
+    return chains
+
+
+def _half_cells(chain: list[Row]) -> int:
+    return sum(row.cells + 1 for row in chain)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Operand:
+    """An addend of a half-cell, a function of two inputs: bit ``a + 2 * b`` of ``table`` for inputs ``a, b``."""
+
+    table: int
+    inputs: tuple[Value, Value]
+    fixed: bool
+    """Whether the second input is the constant 1."""
+
+
+_ONE = Const(1, 1)
+
+
+class _HalfCell:
+    """One half of a ``CCU2C``; ``sum`` is where its sum goes, ``None`` for nowhere."""
+
+    def __init__(self, left: _Operand, right: _Operand, *, sum: Value | None, invert: bool = False) -> None:
+        if not right.fixed and right.table & 1:
+            raise AssertionError("the right operand must be 0 where both of its inputs are")
+        init = 0
+        for entry in range(16):
+            init |= ((left.table >> (entry & 3) ^ right.table >> (entry >> 2) ^ invert) & 1) << entry
+        if right.fixed:
+            # D = 1: the lowest four entries are only read as the carry.
+            init = init & ~0xF | left.table
+        elif invert:
+            raise AssertionError("an inverted sum needs a right operand with a free input")
+        self.init = init
+        self.inputs = (*left.inputs, *right.inputs)
+        self.sum = sum
+
+
+def _joint(carry: _Operand, *, sum: Value | None) -> _HalfCell:
+    cell = _HalfCell(carry, _Operand(0, (_ONE, _ONE), fixed=True), sum=sum)
+    cell.init = carry.table
+    return cell
+
+
+def add_chains(m: Module, chains: list[list[Row]], *, sums: Sequence[Signal],
+               stored: Callable[[Product], tuple[Value, Value]], wired: Callable[[Row, Wire], Value],
+               activation_polarity: int, weight_polarity: int) -> None:
+    """Instantiate the chains.
+
+    Parameters
+    ----------
+    m : Module
+        Gets one submodule per ``CCU2C``.
+    chains : list of list of Row
+        From :func:`plan_chains`.
+    sums : sequence of Signal
+        Driven here: the output of each row, by the row's index.
+    stored : callable
+        Gives the registers of the activation bit and of the weight bit of a product.
+    wired : callable
+        Gives the signal of a wire as a row sees it.
+    activation_polarity, weight_polarity : int
+        Which bits of a nibble the registers hold inverted.
+    """
+
+    def operand(row: Row, bit: Bit | None) -> _Operand:
+        match bit:
+            case None:
+                return _Operand(0b0000, (_ONE, _ONE), fixed=True)
+            case Product():
+                table = 0
+                for entry in range(4):
+                    a = entry & 1 ^ activation_polarity >> bit.activation_bit & 1
+                    w = entry >> 1 ^ weight_polarity >> bit.weight_bit & 1
+                    table |= (a & w ^ bit.inverted) << entry
+                return _Operand(table, stored(bit), fixed=False)
+            case Wire():
+                return _Operand(0b1010, (wired(row, bit), _ONE), fixed=True)
+            case _:
+                return _Operand(0b1111, (_ONE, _ONE), fixed=True)
+
+    for number, chain in enumerate(chains):
+        cells: list[_HalfCell] = []
+        carry_in: Value = Const(0, 1)
+        carry_out: Value | None = None
+        for row in chain:
+            carry = operand(row, row.carry)
+            if not cells and carry.fixed:
+                carry_in = carry.inputs[0] if isinstance(row.carry, Wire) else Const(carry.table & 1, 1)
+            else:
+                cells.append(_joint(carry, sum=carry_out))
+            for n, (left, right) in enumerate(zip(row.left, row.right, strict=True)):
+                cells.append(_HalfCell(operand(row, left), operand(row, right), sum=sums[row.index][n],
+                                       invert=row.invert_top and n == row.cells - 1))
+            carry_out = sums[row.index][row.cells] if row.carry_out else None
+        if len(cells) % 2:
+            cells.append(_joint(operand(chain[-1], None), sum=carry_out))
+            carry_out = None
+        carry_signal = carry_in
+        for n in range(0, len(cells), 2):
+            ports: dict[str, Value | int | str] = {"i_CIN": carry_signal, "p_INJECT1_0": "NO", "p_INJECT1_1": "NO"}
+            for half, cell in enumerate(cells[n:n + 2]):
+                ports[f"p_INIT{half}"] = Const(cell.init, 16)
+                ports |= {f"i_{port}{half}": pin for port, pin in zip("ABCD", cell.inputs, strict=True)}
+                if cell.sum is not None:
+                    ports[f"o_S{half}"] = cell.sum
+            if n + 2 < len(cells) or carry_out is None:
+                carry_signal = Signal(name=f"chain{number}_carry{n // 2}")
+                ports["o_COUT"] = carry_signal
+            else:
+                ports["o_COUT"] = carry_out
+            m.submodules[f"chain{number}_{n // 2}"] = Instance("CCU2C", **ports)

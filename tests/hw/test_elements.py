@@ -1,0 +1,310 @@
+# amaranth: UnusedElaboratable=no
+"""Processing elements: arguments, the summation plan, and every element against its model in Amaranth's simulator."""
+
+import itertools
+import random
+from collections import Counter
+
+import pytest
+from amaranth.hdl import ClockDomain, Fragment, Module, signed
+from amaranth.sim import Simulator
+
+from nibblecore.arch.config import ELEMENT_WEIGHT_RANGE
+from nibblecore_hw.core.elements import ELEMENTS, BitplaneDot, DotElement, GenericDot, make_element
+from nibblecore_hw.core.elements.ecp5 import plan_chains
+from nibblecore_hw.core.elements.heap import One, Product, Wire, negative_constant, plan_dot, second_operand
+
+LANES = (1, 2, 4, 8, 16, 32, 64)
+
+
+def elements(lanes):
+    return [GenericDot(lanes=lanes)] + [BitplaneDot(lanes=lanes, levels_per_stage=n) for n in (1, 2, 3, 4)]
+
+
+def element_id(element):
+    if isinstance(element, BitplaneDot):
+        return f"bitplane-{element.lanes}-stages{element.plan.stages}"
+    return f"generic-{element.lanes}"
+
+
+# Arguments -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ELEMENTS)
+def test_lanes_outside_range(kind):
+    for lanes in (0, 65, -4):
+        with pytest.raises(ValueError, match=rf"^lanes must be in 1\.\.64, not {lanes}$"):
+            ELEMENTS[kind](lanes=lanes)
+    for lanes in (3, 48):
+        with pytest.raises(ValueError, match=rf"^lanes must be a power of two, not {lanes}$"):
+            ELEMENTS[kind](lanes=lanes)
+
+
+@pytest.mark.parametrize("lanes", [4.0, "4", True])
+def test_lanes_of_wrong_type(lanes):
+    with pytest.raises(TypeError, match=rf"^lanes must be an integer, not {lanes!r}$"):
+        GenericDot(lanes=lanes)
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match=r"^element must be one of generic, bitplane, not 'dsp48'$"):
+        make_element("dsp48", lanes=4)
+    with pytest.raises(ValueError, match=r"^technology must be one of generic, ecp5, not 'ice40'$"):
+        make_element("generic", lanes=4, technology="ice40")
+    with pytest.raises(ValueError, match=r"^technology must be one of generic, ecp5, not 'ice40'$"):
+        BitplaneDot(lanes=4, technology="ice40")
+
+
+@pytest.mark.parametrize(("name", "low", "high"), [("levels_per_stage", 1, 4), ("chain_cells", 16, 192)])
+def test_bitplane_numbers(name, low, high):
+    for value in (low - 1, high + 1):
+        with pytest.raises(ValueError, match=rf"^{name} must be in {low}\.\.{high}, not {value}$"):
+            BitplaneDot(lanes=4, **{name: value})
+    with pytest.raises(TypeError, match=rf"^{name} must be an integer, not '2'$"):
+        BitplaneDot(lanes=4, **{name: "2"})
+
+
+def test_model_refuses_what_is_no_dot_product():
+    with pytest.raises(ValueError, match=r"^activations and weights must be equally long, not 2 and 1$"):
+        DotElement.model([1, 2], [3])
+    with pytest.raises(ValueError, match=r"^activations\[1\] must be in -8\.\.7, not 8$"):
+        DotElement.model([1, 8], [3, 3])
+    with pytest.raises(ValueError, match=r"^weights\[0\] must be in -8\.\.7, not -9$"):
+        DotElement.model([1, 1], [-9, 3])
+
+
+def test_registry_knows_the_elements_of_the_architecture():
+    assert {kind: element.WEIGHT_RANGE for kind, element in ELEMENTS.items()} == ELEMENT_WEIGHT_RANGE
+
+
+@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("kind", ELEMENTS)
+def test_interface(kind, lanes):
+    element = make_element(kind, lanes=lanes)
+    Fragment.get(element, None)  # or Amaranth warns of an unused element
+    assert type(element) is ELEMENTS[kind]
+    assert (element.lanes, element.pixels, element.load_cycles) == (lanes, 1, 1)
+    assert element.weight_range == (-8, 7)
+    # The sum's width holds the extremes and has no bit too many.
+    bits = element.sum.shape().width
+    assert element.sum.shape() == signed(bits)
+    assert -(1 << bits - 1) <= DotElement.model([7] * lanes, [-8] * lanes)
+    assert 1 << bits - 2 <= DotElement.model([-8] * lanes, [-8] * lanes) < 1 << bits - 1
+
+
+def test_technology_changes_no_latency():
+    for lanes, levels in itertools.product(LANES, (1, 2)):
+        latencies = {BitplaneDot(lanes=lanes, technology=technology, levels_per_stage=levels).latency
+                     for technology in ("generic", "ecp5")}
+        assert len(latencies) == 1
+
+
+# The summation plan ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("levels_per_stage", [1, 2, 3, 4])
+@pytest.mark.parametrize("lanes", LANES)
+def test_plan_adds_every_product_once(lanes, levels_per_stage):
+    """With correct adders the sum is then right for every input: each row hands on exactly the value it consumes."""
+    plan = plan_dot(lanes=lanes, levels_per_stage=levels_per_stage)
+    width = 8 + (lanes - 1).bit_length()
+    used = Counter()
+    ones = 0
+    for row in plan.rows:
+        assert len(row.left) == len(row.right)
+        for bit, weight in row.inputs:
+            used[bit] += 1
+            match bit:
+                case Product():
+                    assert bit.weight == weight
+                    assert plan.stage_of_level[row.level] == 0, "the activations are one cycle older behind a register"
+                case Wire():
+                    source = plan.rows[bit.row]
+                    assert weight == source.weight + bit.bit
+                    assert bit.bit < source.width
+                    assert source.level < row.level
+                case One():
+                    ones += 1 << weight
+        # The value fits the output, unless it is meant to be taken modulo the width of the sum.
+        assert row.carry_out or row.is_gate or row.weight + row.cells == width
+        assert not row.invert_top or row.weight + row.cells == width
+        ones += row.invert_top << (width - 1)
+    for n, wire in enumerate(plan.result):
+        used[wire] += 1
+        assert plan.rows[wire.row].weight + wire.bit == n
+    assert len(plan.result) == width
+    products = {Product(lane, k, j) for lane in range(lanes) for k in range(4) for j in range(4)}
+    wires = {Wire(row.index, n) for row in plan.rows for n in range(row.width)}
+    assert set(used) - {One()} == products | wires
+    assert all(count == 1 for bit, count in used.items() if bit != One())
+    assert (ones + negative_constant(lanes)) % (1 << width) == 0
+
+
+def test_inverted_products_and_constant_make_the_signed_product():
+    for a, w in itertools.product(range(-8, 8), repeat=2):
+        products = [Product(0, k, j) for k in range(4) for j in range(4)]
+        total = sum(((a >> p.activation_bit & w >> p.weight_bit & 1) ^ p.inverted) << p.weight for p in products)
+        assert total - negative_constant(1) == a * w
+
+
+@pytest.mark.parametrize("chain_cells", [16, 48, 192])
+@pytest.mark.parametrize("lanes", LANES)
+def test_chains_hold_every_row_and_never_feed_themselves(lanes, chain_cells):
+    plan = plan_dot(lanes=lanes, levels_per_stage=2)
+    chains = plan_chains(plan, chain_cells=chain_cells)
+    assert sorted(row.index for chain in chains for row in chain) == [row.index for row in plan.rows if not row.is_gate]
+    chain_of = {row.index: n for n, chain in enumerate(chains) for row in chain}
+    for chain in chains:
+        assert sum(row.cells + 1 for row in chain) <= chain_cells
+        assert len({row.level % 2 for row in chain}) == 1
+        for row in chain:
+            sources = [plan.rows[bit.row] for bit, _ in row.inputs if isinstance(bit, Wire)]
+            unregistered = [s for s in sources if plan.stage_of_level[s.level] == plan.stage_of_level[row.level]]
+            assert all(chain_of.get(source.index) != chain_of[row.index] for source in unregistered)
+            # What the carry cell can do at all.
+            assert all(second_operand(bit) for bit in row.right if bit is not None)
+
+
+@pytest.mark.parametrize(("lanes", "cells", "registers"), [(4, 18.5, 12), (16, 19.5, 8.6), (64, 19.5, 7.5)])
+def test_plan_stays_cheap(lanes, cells, registers):
+    """Per lane. (16 would be the bare minimum: one adder cell for every bit product that disappears.)"""
+    plan = plan_dot(lanes=lanes, levels_per_stage=2)
+    assert plan.adder_cells <= cells * lanes
+    assert plan.register_bits <= registers * lanes
+
+
+# Elements against their model ------------------------------------------------------------------------------------
+
+
+def check_stream(element, stream, note):
+    """Feed (activations, weights, load, swap) per cycle, and compare every sum with the model, ``latency`` later."""
+    active = shadow = [0] * element.lanes  # what the weights are after power-up
+    expected, sums = [], []
+
+    async def bench(ctx):
+        nonlocal active, shadow
+        for activations, weights, load, swap in stream:
+            ctx.set(element.activations, activations)
+            ctx.set(element.weights, weights)
+            ctx.set(element.load_stb, load)
+            ctx.set(element.swap_stb, swap)
+            if swap:
+                active = shadow
+            if load:
+                shadow = weights
+            expected.append(element.model(activations, active))
+            await ctx.tick()
+            sums.append(ctx.get(element.sum))
+
+    simulator = Simulator(element)
+    simulator.add_clock(1e-8)
+    simulator.add_testbench(bench)
+    simulator.run()
+    delay = element.latency - 1  # sums[n] is read one cycle after activations[n]
+    assert len(sums) > 2 * delay
+    for n, (got, want) in enumerate(zip(sums[delay:], expected, strict=False)):
+        assert got == want, f"{note}: sum {n} is {got}, not {want}"
+
+
+def random_word(rng, lanes):
+    """Uniform nibbles, or extremes only, or one extreme in all lanes, or a single lane that is not zero."""
+    match rng.randrange(4):
+        case 0:
+            return [rng.choice((-8, 7)) for _ in range(lanes)]
+        case 1:
+            return [rng.choice((-8, -1, 0, 7))] * lanes
+        case 2:
+            lane, value = rng.randrange(lanes), rng.randint(-8, 7)
+            return [value if n == lane else 0 for n in range(lanes)]
+        case _:
+            return [rng.randint(-8, 7) for _ in range(lanes)]
+
+
+@pytest.mark.parametrize("seed", [1])
+@pytest.mark.parametrize("element", [e for lanes in LANES for e in elements(lanes)], ids=element_id)
+def test_random_streams(element, seed):
+    rng = random.Random(seed)
+    often = [rng.choice((0.1, 0.5, 0.9)) for _ in range(8)]  # strobes are rare in one part and dense in the next
+    stream = [
+        (random_word(rng, element.lanes), random_word(rng, element.lanes), rng.random() < p, rng.random() < p)
+        for p in often for _ in range(50)
+    ]
+    assert any(load and swap for _, _, load, swap in stream)
+    check_stream(element, stream, f"seed {seed}")
+
+
+@pytest.mark.parametrize("element", elements(16), ids=element_id)
+def test_extremes(element):
+    """All lanes at the same two extremes, every pair: the highest and the lowest sum are among them."""
+    stream = []
+    for a, w in itertools.product((-8, -7, -1, 0, 7), repeat=2):
+        stream += [([0] * 16, [w] * 16, True, False), ([a] * 16, [0] * 16, False, True)]
+    stream += [([0] * 16, [0] * 16, False, False)] * element.latency
+    check_stream(element, stream, "extremes")
+
+
+@pytest.mark.parametrize("element", elements(4), ids=element_id)
+def test_swap_meets_its_own_activations(element):
+    first, second, third = [1, 2, 3, 4], [-8, 7, -1, 0], [5, 5, 5, 5]
+    ones = [1, 1, 1, 1]
+    stream = [
+        (ones, first, True, False),
+        (ones, second, True, True),  # swaps first in, loads second
+        (ones, third, False, False),  # weights without a strobe are not looked at
+        (ones, third, False, True),  # second
+        (ones, third, False, True),  # second again: a swap leaves the shadow as it is
+        (ones, third, True, True),  # still second; third is loaded
+        (ones, first, False, True),  # third
+        *[(ones, first, False, False)] * (element.latency + 8),
+    ]
+    check_stream(element, stream, "swap")
+
+
+@pytest.mark.parametrize("element", elements(1), ids=element_id)
+def test_every_product(element):
+    stream = [([0], [-8], True, False)]
+    for w in range(-8, 8):
+        stream += [([a], [min(w + 1, 7)], a == 7, a == -8) for a in range(-8, 8)]
+    stream += [([0], [0], False, False)] * element.latency
+    check_stream(element, stream, "all pairs")
+
+
+@pytest.mark.parametrize("element", [GenericDot(lanes=2), BitplaneDot(lanes=2)], ids=element_id)
+def test_every_pair_of_weights(element):
+    """Two lanes: every pair of weights with activations that together show each weight's four bits."""
+    stream = []
+    pairs = list(itertools.product(range(-8, 8), repeat=2))
+    for n, weights in enumerate([*pairs, (0, 0)]):
+        for step, activations in enumerate([(1, 0), (0, 1), (-8, -8), (7, -8), (-8, 7), (7, 7), (-1, 1)]):
+            stream.append((list(activations), list(weights), step == 6, step == 0 and n > 0))
+    check_stream(element, stream, "weight pairs")
+
+
+@pytest.mark.parametrize("element", [GenericDot(lanes=2), BitplaneDot(lanes=2)], ids=element_id)
+def test_reset_keeps_the_weights(element):
+    top = Module()
+    top.domains.sync = domain = ClockDomain()
+    top.submodules.element = element
+    sums = []
+
+    async def bench(ctx):
+        ctx.set(element.weights, [3, -5])
+        ctx.set(element.load_stb, 1)
+        await ctx.tick()
+        ctx.set(element.load_stb, 0)
+        ctx.set(element.swap_stb, 1)
+        ctx.set(element.activations, [7, -8])
+        await ctx.tick()
+        ctx.set(element.swap_stb, 0)
+        ctx.set(domain.rst, 1)
+        await ctx.tick()
+        ctx.set(domain.rst, 0)
+        for _ in range(element.latency):
+            await ctx.tick()
+        sums.append(ctx.get(element.sum))
+
+    simulator = Simulator(top)
+    simulator.add_clock(1e-8)
+    simulator.add_testbench(bench)
+    simulator.run()
+    assert sums == [3 * 7 + 5 * 8]
