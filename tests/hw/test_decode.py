@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import pytest
 from amaranth.sim import Simulator, SimulatorContext
+
 from nibblecore.arch import isa
 from nibblecore.arch.isa import INSTRUCTION_BITS, INSTRUCTIONS, Engine, InstructionSpec, Opcode
 from nibblecore_hw.ctrl.decode import Decoder

@@ -6,6 +6,7 @@ from operator import and_
 from amaranth import Module, Signal, Value
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
+
 from nibblecore.arch import isa
 from nibblecore.arch.isa import INSTRUCTION_BITS, INSTRUCTIONS, Engine, Field, InstructionSpec
 from nibblecore.errors import EncodingError

@@ -5,6 +5,7 @@ from typing import Any
 from amaranth import Module, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
+
 from nibblecore.arch.config import ArchConfig
 from nibblecore.arch.isa import INSTRUCTION_BITS, INSTRUCTIONS, Engine, Opcode
 
@@ -28,11 +29,11 @@ def word_bits(engine: Engine) -> int:
 class IssueStage(wiring.Component):
     """Hold an engine's instructions, start each when its semaphores allow, and signal when it has finished.
 
-    The instruction at the head of the queue is offered on ``command`` when every engine named in its ``wait`` mask has a
-    semaphore to take; one of each is taken when the engine accepts. Instructions that the engine has accepted are
-    remembered in order (at most :data:`IN_FLIGHT`); each ``done_stb`` finishes the oldest, which then signals all engines
-    of its ``signal`` mask at once, and waits while one of these semaphores is full. Until it has signalled, no further
-    instruction is offered.
+    The instruction at the head of the queue is offered on ``command`` when there is a semaphore to take from every
+    engine named in its ``wait`` mask; one of each is taken when the engine accepts. Instructions that the engine has
+    accepted are remembered in order (at most :data:`IN_FLIGHT`); each ``done_stb`` finishes the oldest, which then
+    signals all engines of its ``signal`` mask at once, and waits while one of these semaphores is full. Until it has
+    signalled, no further instruction is offered.
 
     Cycles: an instruction is offered 2 cycles after it was queued in an empty stage, and at most every second cycle.
     ``signal`` is given in the cycle of ``done_stb``, so that an instruction that waits for it is offered 2 cycles after
@@ -142,10 +143,9 @@ class IssueStage(wiring.Component):
         ]
         # `offered` is a register, so that the semaphores are not in the path to the engine. It costs nothing in
         # correctness: a semaphore that this engine could take cannot be taken by anybody else.
+        m.d.comb += self.take.eq((offered & self.command.ready).replicate(len(Engine)) & head.wait)
         with m.If(offered):
-            with m.If(self.command.ready):
-                m.d.comb += self.take.eq(head.wait)
-                m.d.sync += offered.eq(0)
+            m.d.sync += offered.eq(~self.command.ready)
         with m.Else():
             m.d.sync += offered.eq(queue.o.valid & ~missing.any() & started.i.ready & (completed == 0) & ~self.hold)
 

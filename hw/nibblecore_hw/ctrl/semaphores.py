@@ -5,6 +5,7 @@ from typing import Any
 from amaranth import Module, Signal
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
+
 from nibblecore.arch.isa import Engine
 
 ENGINES = len(Engine)
