@@ -1,0 +1,71 @@
+"""Builds the simulated core, and runs it as a process of its own for :mod:`nibblecore_sim.transport`."""
+
+import hashlib
+import json
+import os
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import nibblecore.arch
+import nibblecore_hw
+from nibblecore.arch.config import ArchConfig
+from nibblecore.runtime.program import write_atomically
+
+from .build import Build, build_icarus, build_verilator, cache_dir, to_verilog
+
+TOP = "simulated_core"
+RTL = Path(__file__).parent / "rtl"
+
+
+def core_verilog(arch: ArchConfig) -> Path:
+    """Verilog of the core, module ``nibblecore``, as a file in the cache.
+
+    The key is the core's configuration, our sources that describe it and the version of Amaranth: elaborating a large
+    array takes longer than simulating a small network.
+    """
+    digest = hashlib.sha256(json.dumps([arch.to_dict(), metadata.version("amaranth")]).encode())
+    for package in (nibblecore.arch, nibblecore_hw):
+        root = Path(str(package.__file__)).parent
+        for file in sorted(root.rglob("*.py")):
+            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+    path = cache_dir() / "verilog" / f"{digest.hexdigest()[:32]}.v"
+    if not path.exists():
+        from nibblecore_hw.top import Accelerator
+
+        write_atomically(path, to_verilog(Accelerator(arch), name="nibblecore").encode())
+    return path
+
+
+def build_core(
+    arch: ArchConfig, *, memory_bytes: int, latency: int, simulator: str = "verilator", waves: bool = False
+) -> Build:
+    """The simulator of ``arch`` with its memory model, from the cache where it is there."""
+    parameters = {
+        "BUS_BYTES": arch.bus_bytes,
+        "ADDR_BITS": arch.addr_bits,
+        "MEMORY_BYTES": memory_bytes,
+        "LATENCY": latency,
+    }
+    sources = [core_verilog(arch), RTL / "axi_memory.sv", RTL / "simulated_core.sv"]
+    if simulator == "icarus":
+        return build_icarus(TOP, sources, parameters=parameters, waves=waves)
+    return build_verilator(TOP, sources, parameters=parameters, waves=waves)
+
+
+def serve_command(build: Build, folder: Path) -> list[str]:
+    """Command line of the process that runs ``build`` in ``folder`` and serves a host."""
+    values: dict[str, Any] = {k: os.fspath(v) if isinstance(v, Path) else v for k, v in vars(build).items()}
+    return [sys.executable, "-m", "nibblecore_sim.core_build", json.dumps(values), str(folder)]
+
+
+def main() -> None:
+    values, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
+    paths: dict[str, Any] = {name: Path(values[name]) for name in ("directory", "executable")}
+    build = Build(**{**values, **paths})
+    build.run("nibblecore_sim.tb.tb_transport", directory=folder, waves=build.waves)
+
+
+if __name__ == "__main__":
+    main()
