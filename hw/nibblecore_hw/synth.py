@@ -51,8 +51,8 @@ NARROW_MULTIPLIER: Final = 8
 class SynthReport:
     """What the tools said. ``fmax_mhz`` is the best of the seeds, ``fmax_median_mhz`` their median, after routing.
 
-    ``lut`` counts TRELLIS_COMB sites after packing; ``lutram`` TRELLIS_RAMW, each of which blocks two sites more. The scan
-    harness around the core is not counted.
+    ``lut`` counts TRELLIS_COMB sites after packing; ``lutram`` TRELLIS_RAMW, each of which blocks two sites more. The
+    scan harness around the core is not counted.
     """
 
     arch: str
