@@ -11,7 +11,7 @@ from typing import Any
 import nibblecore.arch
 import nibblecore_hw
 from nibblecore.arch.config import ArchConfig
-from nibblecore.runtime.program import write_atomically
+from nibblecore.files import write_atomically
 
 from .build import Build, build_icarus, build_verilator, cache_dir, to_verilog
 

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +21,7 @@ from safetensors.numpy import save as safetensors_save
 from ..arch.config import ArchConfig
 from ..arch.isa import ISA_VERSION, Instruction, Region, from_bytes, to_bytes
 from ..errors import ConfigError, EncodingError, ProgramError
+from ..files import write_atomically
 from . import layout
 
 FORMAT_VERSION: Final = 1
@@ -236,26 +236,6 @@ class Program:
         for index, layer in enumerate(self.debug):
             if not -1 <= layer < len(self.layers):
                 raise ProgramError(f"instruction {index} belongs to layer {layer}, of {len(self.layers)}")
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name beside it, then rename: nobody ever sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _binding_to_json(binding: TensorBinding) -> dict[str, Any]:

@@ -1,0 +1,167 @@
+"""``train`` and ``compile``: from data to a checkpoint, from a checkpoint to a program."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ..arch.config import ArchConfig, get_arch
+from ..errors import NibbleError
+from ..runtime.program import Program
+from .console import ARCH_OPTION, JSON_OPTION, OUT, print_json, progress, require_output_folder, say, table
+
+if TYPE_CHECKING:
+    from ..compiler.cost import Estimate
+    from ..ir import Graph
+
+SOURCE_ARGUMENT = typer.Argument(
+    ..., help="Checkpoint that `nibblecore train` writes, or package.module:factory of a prepared model."
+)
+WEIGHTS_OPTION = typer.Option(None, "--weights", "-w", help="State dict for package.module:factory.")
+
+
+def load_graph(source: str, weights: Path | None) -> "Graph":
+    """The integer graph of a checkpoint, or of ``package.module:factory`` with a state dict."""
+    try:
+        from ..qat import convert, load_checkpoint, load_model
+    except ImportError as error:
+        raise NibbleError(
+            f"reading a PyTorch model needs the package {error.name!r}, which is not installed.",
+            hint="Install: pip install 'nibblecore[train]'",
+        ) from None
+    if ":" in source and not Path(source).exists():
+        if weights is None:
+            raise NibbleError(f"{source} needs its state dict.", hint="Give the file with --weights.")
+        return convert(load_model(source, weights))
+    if weights is not None:
+        raise NibbleError(
+            f"--weights goes with package.module:factory, and {source} is a file.",
+            hint="A checkpoint holds its own weights.",
+        )
+    return convert(load_checkpoint(source))
+
+
+def train(
+    output: Path = typer.Option(Path("digits.ckpt"), "--output", "-o", help="Checkpoint to write."),
+    seed: int = typer.Option(1, "--seed", help="Seed of the initial weights and of the order of the images."),
+    float_epochs: int | None = typer.Option(None, "--float-epochs", min=1, help="Epochs of floating-point training."),
+    qat_epochs: int | None = typer.Option(None, "--qat-epochs", min=1, help="Epochs of training at 4 bits."),
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """Train a residual network on handwritten digits, first in floating point, then to int4 (W4A4, 8-bit ends)."""
+    path = require_output_folder(output)
+    result = train_with_bars(path, seed=seed, float_epochs=float_epochs, qat_epochs=qat_epochs, quiet=as_json)
+    values = {
+        "checkpoint": str(path),
+        "float_accuracy": result.float_accuracy,
+        "fake_quant_accuracy": result.fake_quant_accuracy,
+        "seed": seed,
+    }
+    if as_json:
+        print_json(values)
+        return
+    rows = table("digits", "what", "test accuracy>")
+    rows.add_row("float", f"{result.float_accuracy:.2%}")
+    rows.add_row("int4, fake-quantized", f"{result.fake_quant_accuracy:.2%}")
+    OUT.print(rows)
+    OUT.print(f"checkpoint: {path}", highlight=False)
+
+
+def train_with_bars(path: Path, *, seed: int, quiet: bool, **epochs: int | None) -> Any:
+    """:func:`nibblecore.qat.train.train_digits` with a progress bar."""
+    try:
+        from ..qat.train import train_digits
+    except ImportError as error:
+        raise NibbleError(
+            f"training needs the package {error.name!r}, which is not installed.",
+            hint="Install: pip install 'nibblecore[train]'",
+        ) from None
+    with progress(quiet) as bar:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done)
+
+        chosen = {name: value for name, value in epochs.items() if value is not None}
+        return train_digits(seed=seed, checkpoint=path, progress=report, **chosen)
+
+
+def compile_model(
+    source: str = SOURCE_ARGUMENT,
+    weights: Path | None = WEIGHTS_OPTION,
+    arch: str = ARCH_OPTION,
+    output: Path | None = typer.Option(None, "--output", "-o", help="Program to write; default: <source>.nib."),
+    dump_tensors: bool = typer.Option(
+        False, "--dump-tensors", help="Make the program store every layer's tensor, too."
+    ),
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """Compile a trained network for a core, and report what it will cost there."""
+    core = get_arch(arch)
+    default = Path(f"{source.rpartition(':')[2]}.nib") if ":" in source else Path(source).with_suffix(".nib")
+    path = require_output_folder(output or default)
+    graph = load_graph(source, weights)
+    program, seconds = compile_timed(graph, core, dump_tensors=dump_tensors)
+    program.save(path)
+    report(program, path=path, seconds=seconds, as_json=as_json)
+
+
+def compile_timed(graph: "Graph", arch: ArchConfig, *, dump_tensors: bool = False) -> tuple[Program, float]:
+    """The program and the seconds that compiling it took."""
+    from ..compiler.options import CompileOptions
+    from ..compiler.pipeline import compile_graph
+
+    began = time.monotonic()
+    program = compile_graph(graph, arch, CompileOptions(dump_tensors=dump_tensors))
+    return program, time.monotonic() - began
+
+
+def estimate_values(program: Program, estimate: "Estimate") -> dict[str, Any]:
+    """The figures of an estimate, for JSON."""
+    layers = zip(program.layers, estimate.layer_cycles, estimate.layer_utilization, strict=True)
+    return {
+        "name": program.name,
+        "arch": program.arch.name,
+        "predicted_cycles": estimate.cycles,
+        "mac_utilization": estimate.utilization,
+        "macs": sum(layer.macs for layer in program.layers),
+        "instructions": len(program.instructions),
+        "constants_bytes": len(program.constants),
+        "layers": [
+            {"name": layer.name, "path": layer.path, "op": layer.op, "macs": layer.macs, "cycles": c, "utilization": u}
+            for layer, c, u in layers
+        ],
+    }
+
+
+def report(program: Program, *, path: Path | None, seconds: float | None, as_json: bool) -> None:
+    """What the cost model predicts, layer by layer."""
+    from ..compiler.cost import estimate
+
+    values = estimate_values(program, estimate(program))
+    if as_json:
+        extra = {} if path is None else {"file": str(path), "seconds": seconds}
+        print_json({**values, **extra})
+        return
+    rows = table(
+        f"{program.name} on {program.arch.name}: predicted", "layer", "operation", "MACs>", "cycles>", "utilization>"
+    )
+    for layer in values["layers"]:
+        rows.add_row(
+            layer["path"] or layer["name"],
+            layer["op"],
+            f"{layer['macs']:,}",
+            f"{layer['cycles']:,}",
+            f"{layer['utilization']:.1%}",
+        )
+    rows.add_section()
+    rows.add_row(
+        "total", "", f"{values['macs']:,}", f"{values['predicted_cycles']:,}", f"{values['mac_utilization']:.1%}"
+    )
+    OUT.print(rows)
+    say(f"{values['instructions']} instructions, {values['constants_bytes']:,} bytes of weights and records")
+    if path is not None:
+        say(f"{path}: compiled in {seconds:.1f} s")

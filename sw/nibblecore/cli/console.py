@@ -1,0 +1,78 @@
+"""What all commands share: tables, progress bars, JSON, and the search for transports."""
+
+import json
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..arch.config import ArchConfig
+from ..errors import NibbleError
+from ..runtime.transport import GoldenTransport, Transport
+
+OUT: Final = Console()
+ERR: Final = Console(stderr=True)
+
+JSON_OPTION: Final = typer.Option(False, "--json", help="Print one JSON object instead of tables.")
+ARCH_OPTION: Final = typer.Option("small", "--arch", "-a", help="Named core: tiny, small, large or xlarge.")
+
+TRANSPORT_GROUP: Final = "nibblecore.transports"
+
+
+def progress(quiet: bool) -> Progress:
+    """Progress bars on stderr; none where the output is for a program or not for a terminal."""
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times)
+    return Progress(*columns, console=ERR, disable=quiet or not ERR.is_terminal, transient=True)
+
+
+def say(text: str, *, quiet: bool = False) -> None:
+    """One line about what is being done, on stderr."""
+    if not quiet:
+        ERR.print(text, highlight=False)
+
+
+def print_json(values: Mapping[str, Any]) -> None:
+    """One JSON object on stdout."""
+    print(json.dumps(values, indent=2))
+
+
+def table(title: str, *columns: str) -> Table:
+    """A table; columns whose name ends in ``>`` are right-aligned."""
+    result = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        result.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", no_wrap=True)
+    return result
+
+
+def require_output_folder(path: Path) -> Path:
+    """The path, once its folder exists; a folder in its place is an error."""
+    if path.is_dir():
+        raise NibbleError(f"{path} is a folder, not a file to write.", hint="Give the name of a file.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def open_transport(kind: str, arch: ArchConfig, **options: Any) -> Transport:
+    """A core of the named kind: ``golden``, or one that another package registers (``rtl``)."""
+    if kind == "golden":
+        return GoldenTransport(arch, **{k: v for k, v in options.items() if k == "memory_bytes"})
+    found = {e.name: e for e in metadata.entry_points(group=TRANSPORT_GROUP)}
+    if kind not in found:
+        raise NibbleError(
+            f"there is no way to run on {kind!r}; installed are {', '.join(['golden', *sorted(found)])}",
+            hint="RTL simulation comes with: pip install 'nibblecore[sim]'",
+        )
+    try:
+        factory: Callable[..., Transport] = found[kind].load()
+    except ImportError as error:
+        raise NibbleError(
+            f"running on {kind!r} needs a package that is missing: {error}",
+            hint="Install: pip install 'nibblecore[sim]'",
+        ) from None
+    return factory(arch, **options)
