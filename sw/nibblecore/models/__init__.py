@@ -1,0 +1,1 @@
+"""Example networks. Each module needs torch; nothing imports them but training."""

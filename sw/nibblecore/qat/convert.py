@@ -1,0 +1,216 @@
+"""From a prepared model to the integer graph."""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from ..arch import numerics
+from ..errors import CompileError
+from ..frontend.from_torch import leaves
+from ..ir import graph as ir
+from ..ir.verify import verify
+from .layers import QuantAdd, QuantAvgPool2d, QuantConv2d, QuantFlatten, QuantLayer, QuantMaxPool2d
+from .methods import ActQuantizer, InputQuantizer
+from .prepare import QuantModel
+
+
+def convert(model: QuantModel, name: str | None = None) -> ir.Graph:
+    """The integers of a calibrated or trained model.
+
+    Tensors are named after the module paths that write them; the input after its argument. Of a sum, the first input is
+    the convolution that the sum is fused behind, if there is one. Steps that are read by name from the graph are those
+    of the model, exactly; multipliers are rounded from them in float64.
+
+    Parameters
+    ----------
+    model : QuantModel
+    name : str, optional
+        Name of the network; the model's class by default.
+
+    Raises
+    ------
+    TrainingError
+        Activation steps without calibration.
+    CompileError
+        Numbers that no requantization record can hold, all at once: module path, channel, value and what to change.
+    """
+    if not isinstance(model, QuantModel):
+        raise TypeError(f"model must come from nibblecore.qat.prepare, not be a {type(model).__name__}")
+    model._calibrated = False  # training may have lost a step since the last look
+    model._check_ready()
+    return _Converter(model, name or model._graph_name).graph
+
+
+class _Converter:
+    def __init__(self, model: QuantModel, name: str) -> None:
+        self.model = model
+        self.violations: list[str] = []
+        self.nodes: list[ir.Node] = []
+        self.tensors: dict[str, ir.TensorType] = {}
+        # A change of shape that the integer graph does not know gives its input a second name.
+        self.aliases: dict[str, str] = {}
+        source = model.get_submodule(model._input_name)
+        assert isinstance(source, InputQuantizer)
+        self.tensors[model._input_name] = ir.TensorType(
+            self._shape(model._input_name), source.bits, source.step(), source.zero
+        )
+        for path, inputs in model._plan:
+            self._node(path, tuple(self.aliases.get(n, n) for n in inputs), model.get_submodule(path))
+        if self.violations:
+            raise CompileError(self.violations)
+        outputs = dict.fromkeys(self.aliases.get(n, n) for n in leaves(model._outputs))
+        self.graph = verify(ir.Graph(tuple(self.nodes), self.tensors, (model._input_name,), tuple(outputs), name))
+
+    def _shape(self, name: str) -> tuple[int, int, int]:
+        shape = (*self.model._shapes[name], 1, 1)
+        return (shape[0], shape[1], shape[2])
+
+    def _output_type(self, path: str, quantizer: ActQuantizer) -> ir.TensorType:
+        return ir.TensorType(self._shape(path), quantizer.bits, float(quantizer.scale().detach()), quantizer.zero)
+
+    @staticmethod
+    def _clamps(quantizer: ActQuantizer) -> tuple[int, int]:
+        """Stored codes; the lowest one of an unsigned grid is its zero, which makes the clamp a ReLU."""
+        return numerics.code_range(quantizer.bits)
+
+    def _node(self, path: str, inputs: tuple[str, ...], module: nn.Module) -> None:
+        operands = [self.tensors[n] for n in inputs]
+        if isinstance(module, QuantLayer):
+            self._conv(path, inputs, module, operands[0])
+        elif isinstance(module, QuantAdd):
+            self._add(path, inputs, module)
+        elif isinstance(module, QuantAvgPool2d):
+            self._avg_pool(path, inputs, module, operands[0])
+        elif isinstance(module, QuantMaxPool2d):
+            (x,) = operands
+            self.tensors[path] = ir.TensorType(self._shape(path), x.bits, x.scale, x.zero)
+            self.nodes.append(
+                ir.MaxPool(path, inputs, path, module.kernel, module.stride, module.padding * 2, module.dilation)
+            )
+        else:
+            assert isinstance(module, QuantFlatten)
+            (x,) = operands
+            if x.shape == self._shape(path):
+                self.aliases[path] = inputs[0]
+                return
+            self.tensors[path] = ir.TensorType(self._shape(path), x.bits, x.scale, x.zero)
+            self.nodes.append(ir.Flatten(path, inputs, path))
+
+    def _multiplier(self, path: str, ratio: float) -> tuple[int, int]:
+        try:
+            return numerics.quantize_multiplier(ratio)
+        except ValueError:
+            self.violations.append(
+                f"{path}: A requantization factor is below 65536 in magnitude. This one is {ratio:g}. "
+                "Calibrate again: the step of the output is far too small for its values."
+            )
+            return 0, numerics.SHIFT_MIN
+
+    def _conv(self, path: str, inputs: tuple[str, ...], module: QuantLayer, x: ir.TensorType) -> None:
+        assert isinstance(x.scale, float)
+        weight = module.int_weight().cpu().numpy()
+        weight = weight.reshape(*weight.shape[:2], *(weight.shape[2:] or (1, 1)))
+        scale: npt.NDArray[np.float64] = module.scale().detach().double().cpu().numpy()
+        real_bias = module.int_bias(x.scale).cpu().numpy()
+        if module.output_quantizer is None:
+            y = ir.TensorType(self._shape(path), 32, tuple((x.scale * scale).tolist()), 0)
+            low = high = 0
+        else:
+            y = self._output_type(path, module.output_quantizer)
+            low, high = self._clamps(module.output_quantizer)
+        self.tensors[path] = y
+        if not (np.isfinite(scale).all() and np.isfinite(real_bias).all() and bool(module.weight.isfinite().all())):
+            self.violations.append(
+                f"{path}: Weights, biases and steps are finite. This layer has others. "
+                "Train again with a smaller learning rate."
+            )
+            return
+        records = np.zeros((3, len(scale)), np.int64)
+        records[2] = numerics.SHIFT_MIN
+        for channel, total in enumerate(real_bias - x.zero * weight.sum(axis=(1, 2, 3))):
+            record = self._record(path, channel, weight[channel], int(total), x, y, x.scale * float(scale[channel]))
+            if record is None:
+                return
+            records[:, channel] = record
+        bias, mult, shift = records
+        geometry = (1, 1), (0, 0, 0, 0), (1, 1)
+        if isinstance(module, QuantConv2d):
+            geometry = module.stride, module.padding, module.dilation
+        bits = module.weight_quantizer.bits
+        self.nodes.append(ir.Conv(path, inputs, path, weight, bits, scale, bias, mult, shift, *geometry, low, high))
+
+    def _record(
+        self,
+        path: str,
+        channel: int,
+        weight: npt.NDArray[np.int64],
+        total: int,
+        x: ir.TensorType,
+        y: ir.TensorType,
+        unit: float,
+    ) -> tuple[int, int, int] | None:
+        """``(bias, mult, shift)`` of one channel, whose weights it may set to zero; None behind a violation.
+
+        ``total`` is the bias with the zero point of the input in it, ``unit`` the real value of one of its steps.
+        """
+        # One bit is left for the sum of products.
+        fits = numerics.signed_fits(total, numerics.BIAS_BITS - 1)
+        if y.bits == 32 and fits:
+            return total, 0, numerics.SHIFT_MIN
+        if y.bits != 32:
+            assert isinstance(y.scale, float)
+            ratio = unit / y.scale
+            if fits and weight.any():
+                return total, *self._multiplier(f"{path}, channel {channel}", ratio)
+            # A channel without weights is a constant. One whose bias does not fit nearly always is one too: either its
+            # products reach less than 1/256 of a step, or less than it takes to come back from beyond a clamp.
+            real = (total + x.zero * int(weight.sum())) * ratio
+            reach = float(np.abs(weight).sum()) * (1 << x.bits) * ratio
+            if reach < max(2**-8, abs(real) - (1 << y.bits) - 1):
+                low, high = numerics.code_range(y.bits)
+                weight[:] = 0
+                return numerics.constant_record(max(low, min(high, math.floor(real + 0.5) + y.zero)), y.zero)
+        self.violations.append(
+            f"{path}: A bias fits 31 bits in units of the products. That of channel {channel} is {total}. "
+            "Give the channel larger weights or a smaller bias."
+        )
+        return None
+
+    def _add(self, path: str, inputs: tuple[str, ...], module: QuantAdd) -> None:
+        scales = [self.tensors[n].scale for n in inputs]
+        assert isinstance(scales[0], float)
+        assert isinstance(scales[1], float)
+        self.tensors[path] = self._output_type(path, module.output_quantizer)
+        try:
+            k_a, k_b, n = module.factors(scales[0], scales[1])
+        except ValueError:
+            y_scale = float(module.output_quantizer.scale().detach())
+            self.violations.append(
+                f"{path}: The factors of a sum are below 16384. These are {scales[0] / y_scale:g} and "
+                f"{scales[1] / y_scale:g}. Calibrate again: the step of the sum is far too small for its values."
+            )
+            return
+        self.nodes.append(ir.ResidualAdd(path, inputs, path, k_a, k_b, n, *self._clamps(module.output_quantizer)))
+
+    def _avg_pool(self, path: str, inputs: tuple[str, ...], module: QuantAvgPool2d, x: ir.TensorType) -> None:
+        assert isinstance(x.scale, float)
+        y = self.tensors[path] = self._output_type(path, module.output_quantizer)
+        assert isinstance(y.scale, float)
+        window = module.kernel[0] * module.kernel[1]
+        mult, shift = self._multiplier(path, x.scale / (window * y.scale))
+        self.nodes.append(
+            ir.AvgPool(
+                path,
+                inputs,
+                path,
+                module.kernel,
+                module.stride,
+                module.padding * 2,
+                -x.zero * window,
+                mult,
+                shift,
+                *self._clamps(module.output_quantizer),
+            )
+        )

@@ -1,0 +1,292 @@
+"""From an ordinary model to one that trains against its integers."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TrainingError
+from ..frontend.from_torch import (
+    FloatAdd,
+    FloatConv,
+    FloatFlatten,
+    FloatGraph,
+    FloatMaxPool,
+    FloatOp,
+    capture,
+    leaves,
+    replace_leaves,
+    walk_readers,
+)
+from .config import QConfig
+from .layers import Grid, QuantLayer, build
+from .methods import ActQuantizer, InputQuantizer, method
+
+RAW: Final = 32
+
+
+class QuantModel(nn.Module):
+    """A prepared model: same call, same results up to quantization, submodules at the user's module paths.
+
+    Batch norms and ReLUs have gone into the layers before them. Sums, and functional pools, have modules of their own
+    at the path of the module whose ``forward`` calls them, as in ``stage1.0.add``. Parameters and ``state_dict`` are
+    complete from the start; steps of activations are nan until :func:`calibrate`, and a forward pass before raises
+    :class:`~nibblecore.errors.TrainingError`. Deep copies, pickles and moves between devices work as for any module.
+    """
+
+    def __init__(self, graph: FloatGraph, qconfig: QConfig, modules: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self._graph_name = graph.name
+        self._qconfig = qconfig
+        self._input_name = graph.input
+        self._input_shape = graph.input_shape
+        self._outputs = graph.outputs
+        # What forward does: (path, names that it reads), in order.
+        self._plan = tuple((op.path, op.inputs) for op in graph.ops)
+        self._shapes = {graph.input: graph.input_shape, **{op.path: op.shape for op in graph.ops}}
+        self._calibrated = False
+        for path, module in modules.items():
+            parent: nn.Module = self
+            *containers, leaf = path.split(".")
+            for name in containers:
+                child = parent._modules.get(name)
+                if child is None:
+                    child = nn.Module()
+                    parent.add_module(name, child)
+                parent = child
+            parent.add_module(leaf, module)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._calibrated = False
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def forward(self, x: Tensor) -> Any:
+        self._check_ready()
+        return replace_leaves(self._outputs, {name: grid.x for name, grid in self._execute(x).items()})
+
+    def _execute(self, x: Tensor) -> dict[str, Grid]:
+        """Every tensor by name."""
+        source = self.get_submodule(self._input_name)
+        assert isinstance(source, InputQuantizer)
+        observing = any(q.observing for q in self._quantizers().values())
+        values = {self._input_name: Grid(x, None) if observing else Grid(source(x), source.step())}
+        for path, inputs in self._plan:
+            values[path] = self.get_submodule(path)(*(values[name] for name in inputs))
+        return values
+
+    def _quantizers(self) -> dict[str, ActQuantizer]:
+        return {name: module for name, module in self.named_modules() if isinstance(module, ActQuantizer)}
+
+    def _check_ready(self) -> None:
+        """Raise unless every activation step is a number. Looks once; new values make :meth:`forward` look again."""
+        if self._calibrated:
+            return
+        quantizers = self._quantizers()
+        if missing := [name for name, q in quantizers.items() if not q.is_calibrated()]:
+            raise TrainingError(
+                f"{len(missing)} of {len(quantizers)} activation steps are nan, the first at {missing[0]}: they were "
+                "never calibrated, or training has lost them.",
+                hint="Call nibblecore.qat.calibrate(model, loader) with a few batches, or load a state_dict.",
+            )
+        self._calibrated = True
+
+
+def prepare(
+    model: nn.Module, qconfig: QConfig, example_input: Tensor, input_range: tuple[float, float] = (0.0, 1.0)
+) -> QuantModel:
+    """Make a model that trains against its integers.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any model of ``conv2d``, ``linear``, ``batch_norm``, ``relu``, ``add``, ``max_pool2d``, ``avg_pool2d``,
+        ``adaptive_avg_pool2d``, ``mean`` over pixels, ``flatten`` and ``dropout``, as modules or functions. It stays as
+        it is.
+    qconfig : QConfig
+        Widths and method.
+    example_input : Tensor
+        ``(N, C, H, W)`` or ``(N, features)``; its shape without N is the network's input shape.
+    input_range : tuple[float, float]
+        Range of input values, with 0 in it. It fixes the input's grid: with (0, 1) and 8 bits, a byte over 255.
+
+    Returns
+    -------
+    QuantModel
+        In training mode, with weight steps set from the weights and activation steps waiting for :func:`calibrate`.
+
+    Raises
+    ------
+    CompileError
+        Every unsupported construct of the model at once.
+    TypeError, ValueError
+        Arguments, or overrides that match no layer.
+    """
+    if not isinstance(qconfig, QConfig):
+        raise TypeError(f"qconfig must be a QConfig, not {type(qconfig).__name__}")
+    chosen = method(qconfig.method)
+    low, high = (float(v) for v in input_range)
+    if not (math.isfinite(low) and math.isfinite(high) and low <= 0 <= high and low < high):
+        raise ValueError(f"input_range must be finite and contain 0 and more, not ({low:g}, {high:g})")
+    graph = capture(model, example_input)
+    _check_overrides(graph, qconfig)
+
+    widths = _Widths(graph, qconfig)
+    graph = dataclasses.replace(graph, ops=tuple(map(widths.fused_first, graph.ops)))
+    source = InputQuantizer(low, high, widths.input_bits)
+    modules: dict[str, nn.Module] = {graph.input: source}
+    unsigned = {graph.input: source.unsigned}
+    for op in graph.ops:
+        unsigned[op.path] = op.relu or (not isinstance(op, FloatConv) and all(unsigned[name] for name in op.inputs))
+        weights = output = None
+        if isinstance(op, FloatConv):
+            weights = chosen.weights(op.weight, widths.weight_bits(op))
+        if not isinstance(op, (FloatMaxPool, FloatFlatten)) and (bits := widths.act_bits(op)) != RAW:
+            output = chosen.activations(bits, unsigned[op.path], math.prod(op.shape))
+        modules[op.path] = build(op, weights, output)
+    return QuantModel(graph, qconfig, modules)
+
+
+def _check_overrides(graph: FloatGraph, qconfig: QConfig) -> None:
+    paths = [graph.input, *(op.path for op in graph.ops if not isinstance(op, (FloatMaxPool, FloatFlatten)))]
+    for override in qconfig.overrides:
+        single = QConfig(overrides=(override,))
+        fields = ("weight_bits", "act_bits")
+        if not any(single.override(path, field) for path in paths for field in fields):
+            raise ValueError(f"override {override.pattern!r} matches no layer; the layers are {', '.join(paths)}")
+
+
+class _Widths:
+    """Bits of every weight and tensor, from the configuration and each layer's place in the network."""
+
+    def __init__(self, graph: FloatGraph, qconfig: QConfig) -> None:
+        self.graph, self.qconfig = graph, qconfig
+        self.outputs = set(leaves(graph.outputs))
+        self.first = {r.path for r in walk_readers(graph, graph.input) if isinstance(r, FloatConv)}
+        self.last = {op.path for op in graph.ops if isinstance(op, FloatConv) and not self._leads_to_a_layer(op.path)}
+        # The operand of each sum that the sum is fused behind, and that is therefore never stored.
+        self.unstored = {path for op in graph.ops if isinstance(op, FloatAdd) and (path := self._fused_operand(op))}
+        self.input_bits = qconfig.override(graph.input, "act_bits") or qconfig.first_last_bits
+
+    def _leads_to_a_layer(self, path: str) -> bool:
+        return any(isinstance(r, FloatConv) or self._leads_to_a_layer(r.path) for r in self.graph.readers(path))
+
+    def _fused_operand(self, add: FloatAdd) -> str | None:
+        """Of the convolutions that only this sum reads, the one with more work behind each value; else the later."""
+        candidates = [
+            op
+            for op in self.graph.ops
+            if isinstance(op, FloatConv)
+            and [r.path for r in self.graph.readers(op.path)] == [add.path]
+            and op.path not in self.outputs
+        ]
+        # max takes the first of equals.
+        best = max(reversed(candidates), key=lambda op: op.weight[0].numel(), default=None)
+        return None if best is None else best.path
+
+    def fused_first(self, op: FloatOp) -> FloatOp:
+        """A sum with its fused operand in front; anything else as it is."""
+        if not isinstance(op, FloatAdd):
+            return op
+        return dataclasses.replace(op, inputs=tuple(sorted(op.inputs, key=lambda name: name not in self.unstored)))
+
+    def weight_bits(self, op: FloatConv) -> int:
+        if (bits := self.qconfig.override(op.path, "weight_bits")) is not None:
+            return bits
+        return self.qconfig.first_last_bits if op.path in self.first | self.last else self.qconfig.weight_bits
+
+    def act_bits(self, op: FloatOp) -> int:
+        """4, 8, or :data:`RAW`."""
+        if (bits := self.qconfig.override(op.path, "act_bits")) is not None:
+            return bits
+        readers = list(walk_readers(self.graph, op.path))
+        if isinstance(op, FloatConv) and not op.relu and set(readers) == {None} and self._leaves_as_it_is(op):
+            return self.qconfig.output_bits
+        if op.path in self.unstored:
+            return self.qconfig.residual_bits
+        if all(r is None or r.path in self.last for r in readers):
+            return self.qconfig.first_last_bits
+        if all(isinstance(r, FloatAdd) for r in readers):
+            return self.qconfig.shortcut_bits
+        return self.qconfig.act_bits
+
+    def _leaves_as_it_is(self, op: FloatOp) -> bool:
+        """Whether nothing is between a layer and the host but a flattening that the integer graph does not need."""
+        return all(
+            isinstance(r, FloatFlatten) and r.shape == op.shape[:1] and self._leaves_as_it_is(r)
+            for r in self.graph.readers(op.path)
+        )
+
+
+@contextmanager
+def _observing(model: QuantModel) -> Iterator[list[ActQuantizer]]:
+    quantizers = list(model._quantizers().values())
+    was_training = model.training
+    model.eval()
+    for quantizer in quantizers:
+        quantizer.observing = True
+    try:
+        yield quantizers
+    finally:
+        model.train(was_training)
+        for quantizer in quantizers:
+            quantizer.observing = False
+
+
+def calibrate(model: QuantModel, loader: Iterable[Any]) -> None:
+    """Set the steps of all activations from data, with unquantized weights and activations.
+
+    Parameters
+    ----------
+    model : QuantModel
+        From :func:`prepare`. Steps that it already has are replaced.
+    loader : iterable
+        Batches: tensors, or tuples and lists whose first item is the tensor. All of them are used.
+
+    Raises
+    ------
+    TrainingError
+        No batch, or values that are not finite.
+    """
+    device = next(model.parameters()).device
+    with _observing(model) as quantizers, torch.no_grad():
+        batches = 0
+        for batch in loader:
+            x = batch[0] if isinstance(batch, (tuple, list)) else batch
+            for name, grid in model._execute(x.to(device)).items():
+                if not bool(torch.isfinite(grid.x).all()):
+                    raise TrainingError(f"Calibration batch {batches} makes values at {name} that are not finite.")
+            batches += 1
+        if not batches:
+            raise TrainingError("Calibration needs at least one batch; the loader gave none.")
+        for quantizer in quantizers:
+            quantizer.finish()
+    model._calibrated = False
+
+
+def parameter_groups(model: nn.Module, *, lr: float, step_lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer: weights with decay, biases without, steps with a learning rate of their own.
+
+    Decay would shrink steps towards zero for no reason, so they never get any.
+    """
+    groups: dict[str, list[nn.Parameter]] = {"weights": [], "biases": [], "steps": []}
+    layers = {
+        id(p): kind
+        for m in model.modules()
+        if isinstance(m, QuantLayer)
+        for kind, p in (("weights", m.weight), ("biases", m.bias))
+        if p is not None
+    }
+    for parameter in model.parameters():
+        groups[layers.get(id(parameter), "steps")].append(parameter)
+    return [
+        {"params": groups["weights"], "lr": lr, "weight_decay": weight_decay},
+        {"params": groups["biases"], "lr": lr, "weight_decay": 0.0},
+        {"params": groups["steps"], "lr": step_lr, "weight_decay": 0.0},
+    ]
+
+
+__all__ = ["QuantModel", "calibrate", "parameter_groups", "prepare"]
