@@ -1,3 +1,4 @@
+# amaranth: UnusedElaboratable=no
 """The systolic array: columns of processing elements through which activation words travel group by group."""
 
 from typing import Any
@@ -60,11 +61,13 @@ class SystolicArray(wiring.Component):
 
     def __init__(self, arch: ArchConfig, *, technology: str = "generic") -> None:
         self._arch = arch
+        # Built here and not in elaborate(), because they know the latency. An array may be asked for that alone.
         self._elements = [make_element(arch.element, lanes=arch.lanes, technology=technology)
                           for _ in range(arch.columns)]
         if self._elements[0].load_cycles != 1:
-            raise ValueError(f"element {arch.element!r} takes {self._elements[0].load_cycles} cycles from load to swap, "
-                             "and the timing of the array allows 1")
+            cycles = self._elements[0].load_cycles
+            raise ValueError(f"element {arch.element!r} takes {cycles} cycles from load to swap, and the timing of the "
+                             "array allows 1")
         word = word_layout(arch)
         super().__init__({
             "activations": In(word),

@@ -1,3 +1,4 @@
+# amaranth: UnusedElaboratable=no
 """Processing elements of the array: several implementations behind :class:`DotElement`, with the same sums."""
 
 from typing import Any, Final
