@@ -1,0 +1,309 @@
+# amaranth: UnusedElaboratable=no
+"""The MAC engine: sequencer, weight feeder, array and accumulators."""
+
+from collections.abc import MutableSequence, Sequence
+from typing import Any
+
+from amaranth import Module, Mux, Signal
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out
+from amaranth.utils import ceil_log2
+
+from nibblecore.arch.config import ArchConfig
+from nibblecore.arch.isa import LOCAL_ADDR_BITS, Instruction, Opcode
+from nibblecore.arch.numerics import wrap
+
+from ..layouts import READ_LATENCY, acc_read_port, command_signature, instruction_layout, read_port, word_layout
+from .accumulate import Accumulators, control_layout
+from .array import SystolicArray
+from .loopnest import LoopNest, assign_job, loops_of
+
+LOOPS = loops_of(Opcode.MAC, ("ox", "oy", "brick", "kx", "ky"))
+"""Loops of a MAC instruction, innermost first: the pixels of a pass, then the passes."""
+
+_TAG = data.StructLayout({"accumulate": 1, "bank": 1, "shift": 2, "pad": 4})
+
+
+class MacEngine(wiring.Component):
+    """Executes MAC instructions: one weight tile per pass, one pixel per cycle.
+
+    Cycles, where no bank is lost and every read is granted at once, with ``P = max(pixels, columns, HAZARD)`` of a tile
+    of ``pixels = rows * cols``:
+
+    - A pass takes ``P`` cycles from its first pixel to that of the next pass. So does the last pass of an instruction
+      to the first pixel of the next one, whose first tile is fetched meanwhile, if that command is offered by the first
+      pixel of this last pass.
+    - From idle, the first pixel enters :attr:`start_cycles` cycles after the first cycle with ``command.valid``.
+    - ``done_stb`` comes :attr:`drain_cycles` cycles after the last pixel.
+
+    A single instruction thus takes ``start_cycles + (passes - 1) * P + pixels - 1 + drain_cycles`` cycles from the
+    first one with ``command.valid`` to its ``done_stb``: :meth:`cycles`. ``command.ready`` comes 2 cycles after
+    ``valid`` from idle, and otherwise while the last pixels of the instruction before enter the array: an instruction
+    is read, and its first tile fetched, before it is accepted.
+
+    The accumulators of the smallest tiles would be read again before they are written: ``HAZARD`` is
+    :attr:`Accumulators.HAZARD`, and a tile of fewer pixels is followed by pauses.
+
+    A lost grant of ``x`` delays the pixels by one cycle, one of ``w`` the next pass if it is due; nothing else waits
+    for them. Pixels outside the window need no grant. Both ports' addresses are those of the instruction modulo the
+    depth of the buffer.
+
+    A reset abandons all instructions, and leaves accumulators and weights as they are; the first pass of an instruction
+    loads its tile anew.
+
+    Parameters
+    ----------
+    arch : ArchConfig
+        The core.
+    technology : {"generic", "ecp5"}
+        Primitives that the elements may instantiate.
+
+    Members
+    -------
+    command : In(command_signature())
+        Legal MAC instructions whose semaphores are there.
+    done_stb : Out(1)
+        All accumulators of the oldest unfinished instruction are written and may be read from this cycle on.
+    busy : Out(1)
+        An instruction is offered or unfinished.
+    x : Out(read_port(...))
+        Reads of the activation buffer. ``valid`` depends combinationally on ``w.ready``.
+    w : Out(read_port(...))
+        Reads of the weight buffer.
+    acc_read : In(acc_read_port(arch))
+        Drain of a bank that no unfinished instruction writes.
+    mac_weights, mac_bank, mac_active : Out(1)
+        The cycle counts for this counter. At most one of them is high: the first pixel of a pass waits for its tile; a
+        pixel waits for its bank; a pixel enters the array.
+
+    Raises
+    ------
+    ValueError
+        If the element or the technology is unknown.
+    """
+
+    HAZARD = Accumulators.HAZARD
+
+    command: Any
+    done_stb: Signal
+    busy: Signal
+    x: Any
+    w: Any
+    acc_read: Any
+    mac_weights: Signal
+    mac_bank: Signal
+    mac_active: Signal
+
+    def __init__(self, arch: ArchConfig, *, technology: str = "generic") -> None:
+        self._arch = arch
+        self._array = SystolicArray(arch, technology=technology)
+        self._accumulators = Accumulators(arch, sum_bits=self._array.sum_bits, latency=self._array.latency)
+        super().__init__({
+            "command": In(command_signature()),
+            "done_stb": Out(1),
+            "busy": Out(1),
+            "x": Out(read_port(addr_bits=ceil_log2(arch.act_depth), word_bits=arch.word_bits)),
+            "w": Out(read_port(addr_bits=ceil_log2(arch.weight_depth), word_bits=arch.word_bits)),
+            "acc_read": In(acc_read_port(arch)),
+            "mac_weights": Out(1),
+            "mac_bank": Out(1),
+            "mac_active": Out(1),
+        })
+
+    @property
+    def start_cycles(self) -> int:
+        """Cycles from the first one with ``command.valid`` to the first pixel, from idle."""
+        return max(self._arch.columns, LoopNest.LATENCY)
+
+    @property
+    def drain_cycles(self) -> int:
+        """Cycles from the last pixel of an instruction to its ``done_stb``."""
+        return READ_LATENCY + self._accumulators.done_latency
+
+    def pass_cycles(self, *, pixels: int) -> int:
+        """Cycles of a pass over a tile of so many pixels."""
+        return max(pixels, self._arch.columns, self.HAZARD)
+
+    def cycles(self, *, pixels: int, passes: int) -> int:
+        """Cycles of one instruction from idle, from its first cycle with ``command.valid`` to its ``done_stb``."""
+        return self.start_cycles + (passes - 1) * self.pass_cycles(pixels=pixels) + pixels - 1 + self.drain_cycles
+
+    def elaborate(self, platform: Any) -> Module:
+        m = Module()
+        arch = self._arch
+        m.submodules.nest = nest = LoopNest(loops=LOOPS, tag_bits=_TAG.size)
+        m.submodules.array = array = self._array
+        m.submodules.accumulators = accumulators = self._accumulators
+        instruction = data.View(instruction_layout(Opcode.MAC), self.command.payload)
+
+        # Pixels and weights take an instruction from the same offer, each when it is ready for it.
+        pixels_taken = Signal()
+        weights_taken = Signal()
+        job_tag = data.View(_TAG, nest.job.payload.tag)
+        m.d.comb += [
+            assign_job(nest.job.payload, instruction, LOOPS, base=instruction.x_addr),
+            job_tag.accumulate.eq(instruction.accumulate),
+            job_tag.bank.eq(instruction.acc_bank),
+            job_tag.shift.eq(instruction.shift),
+            job_tag.pad.eq(instruction.pad),
+            nest.job.valid.eq(self.command.valid & ~pixels_taken),
+            self.command.ready.eq((pixels_taken | nest.job.ready) & weights_taken),
+        ]
+        with m.If(self.command.ready):
+            m.d.sync += [pixels_taken.eq(0), weights_taken.eq(0)]
+        with m.Elif(nest.job.ready):
+            m.d.sync += pixels_taken.eq(1)
+
+        # A step of the nest is a pixel. It enters when its word is granted; the first one of a pass also waits for the
+        # weight tile, whose last column may be granted in the same cycle, and for the accumulators of small tiles.
+        step = nest.o.payload
+        tag = data.View(_TAG, step.tag)
+        pass_begins, pass_ends = Signal(), Signal()
+        first_pass, last_pass = Signal(), Signal()
+        tile_there = Signal()
+        pause = Signal(range(self.HAZARD))
+        may_enter = Signal()
+        enters = Signal()
+        m.d.comb += [
+            pass_begins.eq(step.first.ox & step.first.oy),
+            pass_ends.eq(step.last.ox & step.last.oy),
+            first_pass.eq(step.first.brick & step.first.kx & step.first.ky),
+            last_pass.eq(step.last.brick & step.last.kx & step.last.ky),
+            may_enter.eq(~pass_begins | (tile_there & (pause == 0))),
+            self.x.addr.eq(step.addr),
+            self.x.valid.eq(nest.o.valid & step.inside & may_enter),
+            nest.o.ready.eq(may_enter & (~step.inside | self.x.ready)),
+            enters.eq(nest.o.valid & nest.o.ready),
+            self.mac_active.eq(enters),
+            self.mac_bank.eq(self.x.valid & ~self.x.ready),
+            self.mac_weights.eq(nest.o.valid & pass_begins & ~tile_there & (pause == 0)),
+        ]
+        pixel = Signal(ceil_log2(arch.acc_depth))
+        with m.If(pause != 0):
+            m.d.sync += pause.eq(pause - 1)
+        with m.If(enters):
+            m.d.sync += pixel.eq(pixel + 1)
+            with m.If(pass_ends):
+                m.d.sync += pixel.eq(0)
+                with m.If(pixel < self.HAZARD - 1):
+                    m.d.sync += pause.eq(self.HAZARD - 1 - pixel)
+
+        # Weight feeder: as soon as a tile is in use, it fetches the next, be it of the next instruction.
+        fetches = Signal()  # words of a tile are being asked for
+        complete = Signal()  # a whole tile waits for its pass
+        wanting = Signal(init=1)  # the next tile is that of an instruction not taken yet
+        tile_begins = Signal()
+        tile = Signal(len(self.w.addr), reset_less=True)
+        tile_step = Signal(instruction.w_step.shape(), reset_less=True)
+        address = Signal.like(tile, reset_less=True)
+        column = Signal(ceil_log2(arch.columns))
+        granted, tile_ends, offered = Signal(), Signal(), Signal()
+        next_tile = Signal.like(tile)
+        m.d.comb += [
+            self.w.addr.eq(address),
+            self.w.valid.eq(fetches),
+            granted.eq(fetches & self.w.ready),
+            tile_ends.eq(granted & (column == arch.columns - 1)),
+            tile_there.eq(complete | tile_ends),
+            tile_begins.eq(enters & pass_begins),
+            offered.eq(self.command.valid & ~weights_taken),
+            next_tile.eq(tile + tile_step),
+        ]
+        with m.If(granted):
+            m.d.sync += [address.eq(address + 1), column.eq(column + 1)]
+        with m.If(tile_ends):
+            m.d.sync += [fetches.eq(0), complete.eq(1)]
+        with m.If(tile_begins):
+            m.d.sync += [complete.eq(0), wanting.eq(last_pass)]
+            with m.If(~last_pass):
+                m.d.sync += [fetches.eq(1), tile.eq(next_tile), address.eq(next_tile)]
+        with m.If(offered & (wanting | (tile_begins & last_pass))):
+            m.d.sync += [
+                wanting.eq(0), weights_taken.eq(1), fetches.eq(1),
+                tile.eq(instruction.w_addr), address.eq(instruction.w_addr), tile_step.eq(instruction.w_step),
+            ]
+
+        # What was granted arrives READ_LATENCY edges later, and its orders travel along.
+        orders = data.StructLayout({"control": control_layout(arch), "swap": 1, "inside": 1, "pad": 4, "load": 1,
+                                    "column": ceil_log2(arch.columns)})
+        order = Signal(orders)
+        m.d.comb += [
+            order.control.valid.eq(enters),
+            order.control.addr.eq(pixel),
+            order.control.bank.eq(tag.bank),
+            order.control.overwrite.eq(first_pass & ~tag.accumulate),
+            order.control.shift.eq(tag.shift),
+            order.control.end.eq(enters & pass_ends & last_pass),
+            order.swap.eq(tile_begins),
+            order.inside.eq(step.inside),
+            order.pad.eq(tag.pad),
+            order.load.eq(granted),
+            order.column.eq(column),
+        ]
+        for i in range(READ_LATENCY):
+            later = Signal(orders, name=f"order{i}")
+            m.d.sync += later.eq(order)
+            order = later
+        word = word_layout(arch)
+        m.d.comb += [
+            array.activations.eq(Mux(order.inside, self.x.data, order.pad.replicate(arch.lanes))),
+            array.swap_stb.eq(order.swap),
+            array.weights.eq(data.View(word, self.w.data)),
+            array.column.eq(order.column),
+            array.load_stb.eq(order.load),
+            accumulators.control.eq(order.control),
+            accumulators.sums.eq(array.sums),
+            accumulators.read.bank.eq(self.acc_read.bank),
+            accumulators.read.addr.eq(self.acc_read.addr),
+            accumulators.read.group.eq(self.acc_read.group),
+            accumulators.read.en.eq(self.acc_read.en),
+            self.acc_read.data.eq(accumulators.read.data),
+            self.done_stb.eq(accumulators.done_stb),
+        ]
+
+        # Accepted and not done: a pass takes at least HAZARD cycles, and a few more instructions are in the nest.
+        unfinished = Signal(range(self.drain_cycles // self.HAZARD + 8))
+        m.d.sync += unfinished.eq(unfinished + (self.command.valid & self.command.ready) - self.done_stb)
+        m.d.comb += self.busy.eq(self.command.valid | unfinished.any())
+        return m
+
+    def model(self, instruction: Instruction, *, x: Sequence[int], w: Sequence[int],
+              acc: Sequence[Sequence[MutableSequence[int]]]) -> None:
+        """Execute ``instruction`` on the words ``x`` of the activation buffer and ``w`` of the weight buffer.
+
+        ``acc[bank][pixel][column]`` is changed in place.
+
+        Raises
+        ------
+        ValueError
+            If the tile exceeds ``acc_depth``.
+        """
+        arch, i = self._arch, instruction
+        pixels = i["rows"] * i["cols"]
+        if pixels > arch.acc_depth:
+            raise ValueError(f"rows * cols = {pixels} pixels exceed acc_depth={arch.acc_depth}")
+
+        def nibbles(memory: Sequence[int], address: int) -> list[int]:
+            word = memory[address % (1 << LOCAL_ADDR_BITS) % len(memory)]
+            return [wrap(word >> 4 * lane, 4) for lane in range(arch.lanes)]
+
+        overwrite = not i["accumulate"]
+        tile = i["w_addr"]
+        for ky in range(i["kernel_y"]):
+            for kx in range(i["kernel_x"]):
+                for brick in range(i["bricks"]):
+                    weights = [nibbles(w, tile + column) for column in range(arch.columns)]
+                    for pixel in range(pixels):
+                        oy, ox = divmod(pixel, i["cols"])
+                        row = i["y0"] + oy * i["stride_y"] + ky * i["dilation_y"]
+                        col = i["x0"] + ox * i["stride_x"] + kx * i["dilation_x"]
+                        word = [i["pad"]] * arch.lanes
+                        if 0 <= row < i["height"] and 0 <= col < i["width"]:
+                            word = nibbles(x, i["x_addr"] + oy * i["oy_step"] + ox * i["ox_step"] + ky * i["ky_step"]
+                                           + kx * i["kx_step"] + brick * i["brick_step"])
+                        cells = acc[i["acc_bank"]][pixel]
+                        for column, product in enumerate(self._array.model(word, weights)):
+                            cells[column] = self._accumulators.model(cells[column], product, overwrite=overwrite,
+                                                                     shift=i["shift"])
+                    overwrite = False
+                    tile += i["w_step"]
