@@ -1,0 +1,166 @@
+"""The accelerator: the block diagram, as code.
+
+::
+
+      s_axil ───► Control: fetch, issue stages, semaphores, registers, counters ───► irq
+                    │ command, done          │
+         ┌──────────┼──────────────┬─────────┴────┐
+         ▼          ▼              ▼              ▼
+      LoadDma    MacEngine ──► PostUnit       StoreDma
+       │  │       ▲   ▲  acc    ▲  │  ▲          ▲ │
+       │  └─► weight buffer ────┘  ▼  │          │ │
+       │          activation buffer ──┴──────────┘ │
+       ▼                                           ▼
+      m_axi (reads, shared with fetch)           m_axi (writes)
+"""
+
+from typing import Any
+
+from amaranth import Cat, Module, ResetInserter, Signal
+from amaranth.lib import wiring
+from amaranth.lib.wiring import In, Out, Signature, connect
+
+from nibblecore.arch.config import ArchConfig
+from nibblecore.arch.isa import Engine
+
+from .core.mac import MacEngine
+from .core.post import PostUnit
+from .ctrl.control import Control
+from .dma.axi import FETCH_ID, AxiReadArbiter
+from .dma.load import LoadDma
+from .dma.store import StoreDma
+from .layouts import axi_lite_signature, axi_read_signature, axi_write_signature
+from .mem.buffer import BankedBuffer
+
+
+def _flat(prefix: str, *signatures: Signature) -> dict[str, Any]:
+    """The members of interfaces as members of their own, so that ports get conventional names (``m_axi_araddr``)."""
+    return {f"{prefix}_{name}": member for s in signatures for name, member in s.members.items()}
+
+
+class Accelerator(wiring.Component):
+    """The whole core: AXI4 master, AXI4-Lite slave, interrupt.
+
+    Parameters
+    ----------
+    arch : ArchConfig
+        What to build.
+    technology : {"generic", "ecp5"}
+        Primitives that the array's elements may instantiate.
+    checks : bool
+        Assert in simulation that no buffer word is read while it is written.
+
+    Members
+    -------
+    m_axi_* : AXI4 master
+        Reads of instructions (ID 1) and data (ID 0), writes (ID 0); INCR bursts of at most ``arch.burst_beats`` beats.
+    s_axil_* : AXI4-Lite slave
+        The registers of :mod:`nibblecore.arch.regs`.
+    irq : Out(1)
+        High while an enabled interrupt is pending.
+    """
+
+    irq: Signal
+
+    def __init__(self, arch: ArchConfig, *, technology: str = "generic", checks: bool = False) -> None:
+        self.arch, self.technology, self.checks = arch, technology, checks
+        self._master = {**axi_read_signature(arch).members, **axi_write_signature(arch).members}
+        super().__init__(
+            {
+                **_flat("m_axi", axi_read_signature(arch), axi_write_signature(arch)),
+                **_flat("s_axil", axi_lite_signature()),
+                "irq": Out(1),
+            }
+        )
+
+    def _connect_ports(self, m: Module, prefix: str, interface: Any, *, master: bool) -> None:
+        """Join flat ports with an inner interface whose ``Out`` members are outputs of the inner component."""
+        for name, member in interface.signature.members.items():
+            port, inner = getattr(self, f"{prefix}_{name}"), getattr(interface, name)
+            outwards = (member.flow is Out) == master
+            m.d.comb += port.eq(inner) if outwards else inner.eq(port)
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        arch = self.arch
+        m.submodules.control = control = Control(arch=arch, axi_id=FETCH_ID)
+        fresh = ResetInserter(control.core_reset)
+        load, store = LoadDma(arch=arch), StoreDma(arch=arch)
+        mac, post = MacEngine(arch, technology=self.technology), PostUnit(arch)
+        m.submodules.load = fresh(load)
+        m.submodules.store = fresh(store)
+        m.submodules.mac = fresh(mac)
+        m.submodules.post = fresh(post)
+        m.submodules.arbiter = arbiter = AxiReadArbiter(arch=arch)
+        m.submodules.activations = activations = BankedBuffer(
+            depth=arch.act_depth,
+            banks=arch.act_banks,
+            word_bits=arch.word_bits,
+            parts=arch.parts_per_brick,
+            kind=arch.act_memory,
+            readers=3,
+            writers=2,
+            checks=self.checks,
+        )
+        m.submodules.weights = weights = BankedBuffer(
+            depth=arch.weight_depth,
+            banks=1,
+            word_bits=arch.word_bits,
+            parts=1,
+            kind=arch.weight_memory,
+            readers=2,
+            writers=1,
+            checks=self.checks,
+        )
+
+        # Buffers, in order of priority: whoever asks less often wins.
+        for client, port in zip((store.act, post.act_read, mac.x), activations.reads, strict=True):
+            connect(m, client, port)
+        for client, port in zip((post.act_write, load.act), activations.writes, strict=True):
+            connect(m, client, port)
+        for client, port in zip((post.params, mac.w), weights.reads, strict=True):
+            connect(m, client, port)
+        connect(m, load.weights, weights.writes[0])
+        connect(m, post.acc_read, mac.acc_read)
+
+        # Bus
+        connect(m, load.bus, arbiter.load)
+        connect(m, control.m_axi, arbiter.fetch)
+        self._connect_ports(m, "m_axi", arbiter.bus, master=True)
+        self._connect_ports(m, "m_axi", store.bus, master=True)
+        for name, member in axi_lite_signature().members.items():
+            port, inner = getattr(self, f"s_axil_{name}"), getattr(control.s_axil, name)
+            m.d.comb += inner.eq(port) if member.flow is In else port.eq(inner)
+
+        # Commands
+        for engine, unit in ((Engine.LOAD, load), (Engine.MAC, mac), (Engine.POST, post), (Engine.STORE, store)):
+            port = control.engine(engine)
+            connect(m, port.command, unit.command)
+            m.d.comb += [port.done_stb.eq(unit.done_stb), port.busy.eq(unit.busy)]
+        for port, unit in ((control.load, load), (control.store, store)):
+            m.d.comb += [
+                port.idle.eq(unit.idle),
+                port.error_stb.eq(unit.error_stb),
+                port.error_cause.eq(unit.error_cause),
+                unit.stop.eq(control.stop),
+                unit.regions.eq(control.regions),
+            ]
+        stalls = control.stalls
+        m.d.comb += [
+            stalls.load_bus.eq(load.stall_bus_stb),
+            stalls.store_bus.eq(store.stall_bus_stb),
+            stalls.mac_weights.eq(mac.mac_weights),
+            stalls.mac_bank.eq(mac.mac_bank),
+            stalls.mac_active.eq(mac.mac_active),
+            stalls.post_bank.eq(post.bank_stall),
+            self.irq.eq(control.irq),
+        ]
+        beats = [
+            self.m_axi_rvalid & self.m_axi_rready,
+            self.m_axi_wvalid & self.m_axi_wready,
+            mac.mac_active,
+            post.act_write.valid & post.act_write.ready,
+            post.act_read.valid & post.act_read.ready,
+        ]
+        m.d.sync += control.progress.eq(Cat(beats).any())
+        return m
