@@ -156,7 +156,7 @@ def prove(
     name = type(spec).__name__
     began = time.monotonic()
     rtlil = _rtlil(spec, reset, ports)
-    folder = Path(tempfile.mkdtemp(prefix=f"{name}-")) if directory is None else directory.absolute()
+    folder = Path(tempfile.mkdtemp(prefix=f"nibblecore-{name}-")) if directory is None else directory.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     _write_smt2(rtlil, name, folder, memories)
     kind = "cover" if mode == "cover" else "assert"

@@ -110,8 +110,8 @@ def test_bounded_check_of_a_memory_based_fifo():
     assert prove(StreamContract(Fifo()), depth=8).seconds < 60
 
 
-def test_folder_is_kept_only_when_a_proof_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+def test_folder_is_kept_only_when_a_proof_fails(tmp_path):
+    # conftest.py makes tmp_path the folder for temporary files.
     prove(StreamContract(Register()), depth=2)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ProofError):
