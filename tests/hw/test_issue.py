@@ -136,16 +136,18 @@ def play(seed: int) -> tuple[int, int]:
                 else:
                     assert ctx.get(stage.take) == 0, f"seed {seed}"
                 # A finished instruction signals as soon as none of its semaphores is full, and in order.
-                signal = 0
+                signal = held = 0
                 if signalled[e] < done[e]:
                     number = expected[e][signalled[e]]
                     assert ctx.get(stage.index) == number, f"seed {seed}"
                     if program[number]["signal"] & full:
                         blocked += 1
+                        held = program[number]["signal"] & full
                     else:
                         signal = program[number]["signal"]
                         signalled[e] += 1
                 assert ctx.get(stage.signal) == signal, f"seed {seed}"
+                assert ctx.get(stage.held) == held, f"seed {seed}"
                 moves += [(e, b, 1) for b in isa.engines_in(signal)]
                 if len(running[e]) and running[e][0] > 0:
                     running[e][0] -= 1

@@ -62,6 +62,8 @@ class IssueStage(wiring.Component):
         Offer no further instruction.
     waiting : Out(4)
         Engines whose semaphores the next instruction lacks; 0 without one.
+    held : Out(4)
+        Engines whose semaphores are full, so that the oldest instruction, finished, cannot signal.
     executing : Out(1)
         The engine has an instruction that has not signalled yet.
     empty : Out(1)
@@ -84,6 +86,7 @@ class IssueStage(wiring.Component):
     signal: Signal
     hold: Signal
     waiting: Signal
+    held: Signal
     executing: Signal
     empty: Signal
     index: Signal
@@ -106,6 +109,7 @@ class IssueStage(wiring.Component):
                 "signal": Out(len(Engine)),
                 "hold": In(1),
                 "waiting": Out(len(Engine)),
+                "held": Out(len(Engine)),
                 "executing": Out(1),
                 "empty": Out(1),
                 "index": Out(INDEX_BITS),
@@ -150,8 +154,10 @@ class IssueStage(wiring.Component):
             m.d.sync += offered.eq(queue.o.valid & ~missing.any() & started.i.ready & (completed == 0) & ~self.hold)
 
         finishing = self.done_stb | (completed != 0)
-        blocked = (started.o.payload.signal & self.full).any()
-        m.d.comb += started.o.ready.eq(finishing & ~blocked)
+        m.d.comb += [
+            self.held.eq(finishing.replicate(len(Engine)) & started.o.payload.signal & self.full),
+            started.o.ready.eq(finishing & ~self.held.any()),
+        ]
         with m.If(started.o.valid & started.o.ready):
             m.d.comb += self.signal.eq(started.o.payload.signal)
             with m.If(~self.done_stb):

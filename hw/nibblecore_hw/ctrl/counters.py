@@ -1,0 +1,85 @@
+"""Performance counters."""
+
+from amaranth import Module, Mux, Signal
+from amaranth.hdl import Array
+from amaranth.lib import data, wiring
+from amaranth.lib.memory import Memory
+from amaranth.lib.wiring import In, Out
+
+from nibblecore.arch.regs import Counter
+
+SLOTS = 1 << (len(Counter) - 1).bit_length()
+"""Cycles in which every counter has its turn."""
+
+COUNTER_BITS = 32
+
+
+def events_layout() -> data.StructLayout:
+    """One bit per :class:`nibblecore.arch.regs.Counter`, by its name in lower case; 1 in each cycle that counts."""
+    return data.StructLayout({c.name.lower(): 1 for c in Counter})
+
+
+class Counters(wiring.Component):
+    """Count the cycles of each event, 32 bits each, wrapping.
+
+    The counts lie in one LUT RAM with one adder: each cycle is the turn of one counter, ``slot``, and what happened
+    since its last turn waits in four bits of its own. In its turn, ``value`` is its exact count, the event of that very
+    cycle included; a reader waits for the turn, at most :data:`SLOTS` - 1 cycles.
+
+    Members
+    -------
+    events : In(events_layout())
+        What happens in this cycle.
+    clear_stb : In(1)
+        All counts become 0; events of this cycle are not counted. A reset does the same.
+    slot : Out(4)
+        Whose turn it is.
+    value : Out(32)
+        That counter's count; 0 in the turn of nobody.
+    """
+
+    events: data.View
+    clear_stb: Signal
+    slot: Signal
+    value: Signal
+
+    def __init__(self) -> None:
+        super().__init__(
+            {
+                "events": In(events_layout()),
+                "clear_stb": In(1),
+                "slot": Out(range(SLOTS)),
+                "value": Out(COUNTER_BITS),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        m.submodules.counts = counts = Memory(
+            shape=COUNTER_BITS, depth=SLOTS, init=[], attrs={"ram_style": "distributed"}
+        )
+        write, read = counts.write_port(), counts.read_port(domain="comb")
+        recent = [Signal(range(SLOTS), name=f"recent_{c.name.lower()}") for c in Counter]
+        # After a clear, what the memory holds is stale until each slot has been written once: a whole round.
+        stale = Signal(range(SLOTS + 1), init=SLOTS)
+
+        silent = [0] * (SLOTS - len(Counter))
+        event = Array([*(self.events[c.name.lower()] for c in Counter), *silent])[self.slot]
+        pending = Array([*recent, *silent])[self.slot]
+        m.d.comb += [
+            read.addr.eq(self.slot),
+            write.addr.eq(self.slot),
+            write.en.eq(1),
+            self.value.eq(Mux(stale == 0, read.data, 0) + pending + event),
+            write.data.eq(self.value),
+        ]
+        m.d.sync += self.slot.eq(self.slot + 1)
+        for c in Counter:
+            m.d.sync += recent[c].eq(recent[c] + self.events[c.name.lower()])
+            with m.If(self.slot == int(c)):
+                m.d.sync += recent[c].eq(0)
+        with m.If(stale != 0):
+            m.d.sync += stale.eq(stale - 1)
+        with m.If(self.clear_stb):
+            m.d.sync += [stale.eq(SLOTS), *(r.eq(0) for r in recent)]
+        return m

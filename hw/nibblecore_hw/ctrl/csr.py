@@ -1,0 +1,188 @@
+"""The control and status registers: an AXI4-Lite slave generated from :data:`nibblecore.arch.regs.REGISTERS`."""
+
+from typing import Any
+
+from amaranth import Cat, Module, Signal, Value
+from amaranth.lib import wiring
+from amaranth.lib.wiring import In, Member, Out
+
+from nibblecore.arch.config import ArchConfig
+from nibblecore.arch.isa import ISA_VERSION
+from nibblecore.arch.regs import CSR_ADDR_BITS, REGISTERS, Counter, Register, field
+
+from ..layouts import axi_lite_signature
+from .counters import COUNTER_BITS, SLOTS
+
+OKAY, SLVERR = 0, 2
+
+_COUNTER_NAMES = {f"COUNT_{c.name}": c for c in Counter}
+
+
+def constants(arch: ArchConfig) -> dict[str, int]:
+    """Registers that never change, with what they hold."""
+    return {
+        "MAGIC": REGISTERS["MAGIC"].reset,
+        "VERSION": ISA_VERSION << field("VERSION", "isa").low,
+        "CONFIG_HASH": arch.hash,
+    }
+
+
+def bits_of(register: Register) -> int:
+    """Mask of the register's bits that mean something; the others read as 0 and ignore writes."""
+    if not register.fields:
+        return 0xFFFF_FFFF
+    return sum((1 << f.bits) - 1 << f.low for f in register.fields)
+
+
+def member(name: str) -> str:
+    """The register's member of :class:`Csr`."""
+    return name.lower()
+
+
+class Csr(wiring.Component):
+    """The register file behind an AXI4-Lite slave port.
+
+    Write address and data may come in any order, one access per direction is served at a time. An access to an offset
+    without a register and a write to a read-only register are answered with SLVERR and change nothing; a read of a
+    write-only register gives 0. The two lowest address bits are ignored. Write strobes select bytes.
+
+    Cycles: a write acts, and its response is valid, in the second cycle after address and data were both accepted; read
+    data are valid 2 cycles after the address was accepted, those of a counter up to 16 cycles later.
+
+    Parameters
+    ----------
+    arch : ArchConfig
+        For the constant registers, and for whether there are ``counters``.
+
+    Members
+    -------
+    s_axil : Out(axi_lite_signature())
+        The slave port (the signature is written from the slave's side).
+    <register> : Out(32) or In(32)
+        For every register that is neither constant, write-only nor a counter, by its name in lower case: what ``rw``
+        registers hold, and what ``ro`` and ``w1c`` registers shall read as.
+    <register>_ones : Out(32)
+        For ``wo`` and ``w1c`` registers: the bits that are written as 1 in this cycle.
+    <register>_stb : Out(1)
+        For ``rw`` registers: written; the register holds the new value in this cycle.
+    slot, count : In(4), In(32)
+        From :class:`nibblecore_hw.ctrl.counters.Counters`, where there are counters.
+
+    Raises
+    ------
+    TypeError
+        If ``arch`` is no ArchConfig.
+    """
+
+    s_axil: Any
+    slot: Signal
+    count: Signal
+
+    def __init__(self, *, arch: ArchConfig) -> None:
+        if not isinstance(arch, ArchConfig):
+            raise TypeError(f"arch must be an ArchConfig, not {arch!r}")
+        self._arch = arch
+        self._constants = constants(arch)
+        members: dict[str, Member] = {"s_axil": Out(axi_lite_signature())}
+        for name, register in REGISTERS.items():
+            if name in self._constants or name in _COUNTER_NAMES:
+                continue
+            if register.access == "rw":
+                members[member(name)] = Out(32, init=register.reset)
+                members[f"{member(name)}_stb"] = Out(1)
+            if register.access in ("ro", "w1c"):
+                members[member(name)] = In(32)
+            if register.access in ("wo", "w1c"):
+                members[f"{member(name)}_ones"] = Out(32)
+        if arch.counters:
+            members["slot"] = In(range(SLOTS))
+            members["count"] = In(COUNTER_BITS)
+        super().__init__(members)
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        self._write(m)
+        self._read(m)
+        return m
+
+    def _write(self, m: Module) -> None:
+        bus = self.s_axil
+        index = Signal(CSR_ADDR_BITS - 2, reset_less=True)
+        word = Signal(32, reset_less=True)
+        strobes = Signal(4, reset_less=True)
+        have_addr, have_data = Signal(), Signal()
+        act = Signal()
+        m.d.comb += [
+            bus.awready.eq(~have_addr & ~bus.bvalid),
+            bus.wready.eq(~have_data & ~bus.bvalid),
+            act.eq(have_addr & have_data),
+        ]
+        with m.If(bus.awvalid & bus.awready):
+            m.d.sync += [have_addr.eq(1), index.eq(bus.awaddr[2:])]
+        with m.If(bus.wvalid & bus.wready):
+            m.d.sync += [have_data.eq(1), word.eq(bus.wdata), strobes.eq(bus.wstrb)]
+        with m.If(act):
+            m.d.sync += [have_addr.eq(0), have_data.eq(0), bus.bvalid.eq(1), bus.bresp.eq(SLVERR)]
+        with m.If(bus.bvalid & bus.bready):
+            m.d.sync += bus.bvalid.eq(0)
+
+        selected = Signal(32)  # the bits that the strobes select
+        m.d.comb += selected.eq(Cat(strobe.replicate(8) for strobe in strobes))
+        for name, register in REGISTERS.items():
+            if register.access == "rw":
+                m.d.sync += getattr(self, f"{member(name)}_stb").eq(0)
+        with m.If(act), m.Switch(index):
+            for name, register in REGISTERS.items():
+                if register.access == "ro":
+                    continue
+                mask = bits_of(register)
+                with m.Case(register.offset >> 2):
+                    m.d.sync += bus.bresp.eq(OKAY)
+                    if register.access == "rw":
+                        held = getattr(self, member(name))
+                        m.d.sync += [
+                            held.eq((word & selected & mask) | (held & ~selected)),
+                            getattr(self, f"{member(name)}_stb").eq(1),
+                        ]
+                    else:
+                        m.d.comb += getattr(self, f"{member(name)}_ones").eq(word & selected & mask)
+
+    def _read(self, m: Module) -> None:
+        bus = self.s_axil
+        index = Signal(CSR_ADDR_BITS - 2, reset_less=True)
+        busy = Signal()
+        m.d.comb += bus.arready.eq(~busy & ~bus.rvalid)
+        with m.If(bus.arvalid & bus.arready):
+            m.d.sync += [busy.eq(1), index.eq(bus.araddr[2:])]
+        with m.If(bus.rvalid & bus.rready):
+            m.d.sync += bus.rvalid.eq(0)
+
+        found = Signal()
+        value = Signal(32)
+        ready = Signal()
+        m.d.comb += ready.eq(1)
+        with m.Switch(index):
+            for name, register in REGISTERS.items():
+                with m.Case(register.offset >> 2):
+                    m.d.comb += [found.eq(1), value.eq(self._value(name, register))]
+                    if name in _COUNTER_NAMES and self._arch.counters:
+                        m.d.comb += ready.eq(self.slot == int(_COUNTER_NAMES[name]))
+        with m.If(busy & ready):
+            m.d.sync += [
+                busy.eq(0),
+                bus.rvalid.eq(1),
+                bus.rdata.eq(value),
+                bus.rresp.eq(SLVERR),
+            ]
+            with m.If(found):
+                m.d.sync += bus.rresp.eq(OKAY)
+
+    def _value(self, name: str, register: Register) -> Value | int:
+        """What a read of the register gives."""
+        if name in self._constants:
+            return self._constants[name]
+        if name in _COUNTER_NAMES:
+            return self.count if self._arch.counters else 0
+        if register.access == "wo":
+            return 0
+        return getattr(self, member(name)) & bits_of(register)
