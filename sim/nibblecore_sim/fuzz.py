@@ -18,7 +18,7 @@ from nibblecore.compiler.pipeline import compile_graph
 from nibblecore.errors import CompileError
 from nibblecore.ir import Graph
 from nibblecore.ir.interpret import run as interpret
-from nibblecore.ir.random_graph import random_graph
+from nibblecore.ir.random_graph import random_inputs, random_layer, random_network
 from nibblecore.runtime.device import Device, Result
 from nibblecore.runtime.transport import GoldenTransport, Transport
 
@@ -86,28 +86,27 @@ def first_difference(want: Tensors, got: Tensors, names: list[str]) -> str:
     return ""
 
 
-def random_inputs(graph: Graph, rng: np.random.Generator) -> Tensors:
-    """Codes over the whole grid of every input."""
-    result = {}
-    for name in graph.inputs:
-        tensor = graph.tensors[name]
-        low, high = -(1 << tensor.bits - 1), 1 << tensor.bits - 1
-        result[name] = rng.integers(low, high, tensor.shape)
-    return result
+def random_case(arch: ArchConfig, rng: np.random.Generator) -> Graph:
+    """Half of the cases are single layers, a tenth layers beyond the buffers, the others small networks."""
+    kind = rng.random()
+    if kind < 0.4:
+        return random_network(rng, arch, blocks=int(rng.integers(1, 5)))
+    return random_layer(rng, arch, large=kind < 0.5)
 
 
 def run_case(arch: ArchConfig, seed: int, rtl: Transport | None = None) -> Case:
     """One network: compile it, and compare integer graph, golden model and, where given, RTL."""
     rng = np.random.default_rng([seed, arch.lanes, arch.columns])
-    graph = random_graph(arch, seed)
+    graph = random_case(arch, rng)
     # Every other case stores all tensors, so that not only the last one is compared.
     options = CompileOptions(dump_tensors=bool(seed % 2))
     try:
         program = compile_graph(graph, arch, options)
     except CompileError as error:
         return Case(seed, arch.name, len(graph.nodes), refused=error.violations[0])
-    inputs = random_inputs(graph, rng)
-    want = {k: v[0] for k, v in interpret(graph, {k: v[None] for k, v in inputs.items()}, keep=True).items()}
+    batch = random_inputs(graph, rng)
+    inputs = {name: codes[0] for name, codes in batch.items()}
+    want = {name: codes[0] for name, codes in interpret(graph, batch, keep=True).items()}
     names = [b.name for b in (*program.tensors, *program.outputs)]
     case = Case(seed, arch.name, len(graph.nodes), predicted=program.predicted_cycles)
 

@@ -117,9 +117,10 @@ def _compare(
 def _layer(core: ArchConfig, quiet: bool) -> dict[str, Any]:
     """Cycles of one 3x3, 64-to-64, 16x16-pixel layer on RTL, DMA of input and output included."""
     from ..ir.interpret import run as interpret
-    from ..ir.random_graph import conv_layer
+    from ..ir.random_graph import GraphBuilder
 
-    graph = conv_layer(channels=64, filters=64, size=16, kernel=3, seed=1)
+    builder = GraphBuilder(np.random.default_rng(1), (64, 16, 16), bits=4)
+    graph = builder.finish(builder.conv(builder.input, 64, weight_bits=4, bits=4), name="layer")
     program, _ = compile_timed(graph, core)
     binding = program.inputs[0]
     codes = np.random.default_rng(1).integers(-8, 8, binding.shape)
