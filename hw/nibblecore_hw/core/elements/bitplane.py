@@ -58,6 +58,11 @@ class BitplaneDot(DotElement):
         return 1 + self._plan.stages
 
     @property
+    def technology(self) -> str:
+        """Primitives that are instantiated."""
+        return self._technology
+
+    @property
     def plan(self) -> Plan:
         """Which bits meet in which adder."""
         return self._plan

@@ -149,8 +149,9 @@ def add_chains(m: Module, chains: list[list[Row]], *, sums: Sequence[Signal],
             for half, cell in enumerate(cells[n:n + 2]):
                 ports[f"p_INIT{half}"] = Const(cell.init, 16)
                 ports |= {f"i_{port}{half}": pin for port, pin in zip("ABCD", cell.inputs, strict=True)}
-                if cell.sum is not None:
-                    ports[f"o_S{half}"] = cell.sum
+                # An open pin would be a lint error in Verilator.
+                unused = Signal(name=f"chain{number}_unused{n + half}")
+                ports[f"o_S{half}"] = unused if cell.sum is None else cell.sum
             if n + 2 < len(cells) or carry_out is None:
                 carry_signal = Signal(name=f"chain{number}_carry{n // 2}")
                 ports["o_COUT"] = carry_signal
