@@ -32,9 +32,9 @@ class BankedBuffer(wiring.Component):
     word of a ``dual`` bank must not be read at the edge at which it is written: what is read then is undefined, so that
     no bypass has to be built around block RAM. Whoever schedules the clients guarantees it; ``checks`` asserts it.
 
-    A ``dual`` bank becomes DP16KD alone on an ECP5. A ``single`` bank becomes SB_SPRAM256KA alone on an iCE40 when Yosys
-    is told to drop the initial contents that Amaranth always writes, which SPRAM cannot have: ``proc; delete t:$meminit*``
-    before ``synth_ice40 -spram``. Without that it stops with an error.
+    A ``dual`` bank becomes DP16KD alone on an ECP5. A ``single`` bank becomes SB_SPRAM256KA alone on an iCE40 when
+    Yosys is told to drop the initial contents that Amaranth always writes, which SPRAM cannot have: ``proc; delete
+    t:$meminit*`` before ``synth_ice40 -spram``. Without that it stops with an error.
 
     Parameters
     ----------

@@ -1,0 +1,232 @@
+"""LOAD: copy words from DRAM to the activation buffer or the weight buffer."""
+
+from typing import Any
+
+from amaranth import Cat, Module, Mux, Signal
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out
+from amaranth.utils import ceil_log2
+
+from nibblecore.arch.config import ArchConfig
+from nibblecore.arch.isa import LoadTarget, Opcode
+from nibblecore.arch.regs import ErrorCause
+
+from ..layouts import axi_read_signature, command_signature, instruction_layout, regions_layout, write_port
+from .axi import SkidBuffer, address_constants, is_error
+from .walk import BurstIssue, WordWalk, burst_words, lane_bits
+
+__all__ = ["LoadDma"]
+
+
+class LoadDma(wiring.Component):
+    """Execute LOAD instructions.
+
+    ::
+
+        command ─► BurstIssue ─────────────────────────► AR
+           └─────► WordWalk ─► address ─┐
+        R ─► beats to words ─► SkidBuffer ─► lane ─► activation or weight buffer
+
+    Addresses run ahead of data: the bursts of the next rows, planes and of the next instruction are sent while earlier
+    data still arrives, up to ``arch.outstanding`` bursts in flight. See :class:`~.walk.BurstWalk` for how rows are cut.
+
+    Cycles, counted from the one in which ``command`` transfers, of an idle engine:
+
+    - the first ARVALID is :attr:`AR_LATENCY` cycles later, and one burst can follow every 2 cycles;
+    - a word is written :attr:`WRITE_LATENCY` cycle after the one in which its last beat is taken, unless the write port
+      makes it wait; ``done_stb`` comes one cycle after the last word was written;
+    - so an instruction of n words takes ``AR_LATENCY + L + n * beats_per_word + WRITE_LATENCY + 1`` cycles, where L is
+      the number of cycles from ARVALID to the first R beat if R never pauses: long rows pass without a gap between
+      bursts and rows. R pauses for nobody else's sake where every burst has 2 words or more and ``outstanding`` bursts
+      have as many beats as a burst takes from ARVALID to its last beat;
+    - a LOAD that is given before the bursts of the one before are all sent starts without a gap: its first address
+      follows the last one of the one before by 5 cycles.
+
+    After an error, or once ``stop`` has been seen, the engine starts no burst, takes no command and writes nothing;
+    what is in flight is taken from the bus and dropped. Only a reset leads out of that, and must not come before
+    ``idle``.
+
+    Parameters
+    ----------
+    arch : ArchConfig
+
+    Members
+    -------
+    command : In(command_signature())
+        LOAD instructions.
+    regions : In(regions_layout(arch))
+        From the CSRs; read when an instruction is taken.
+    act, weights : Out(write_port(...))
+        To the buffers.
+    bus : Out(axi_read_signature(arch))
+    done_stb : Out(1)
+        An instruction's last word was written.
+    busy : Out(1)
+        From the cycle after an instruction is taken to the one before its ``done_stb``.
+    stop : In(1)
+    idle : Out(1)
+        No burst is in flight.
+    error_stb, error_cause : Out
+        REGION: a burst would leave its region; it is not sent, and reported when all before it have arrived. BUS_READ:
+        SLVERR or DECERR; reported when its word's turn comes, so that all instructions before have reported done. At
+        most one error until reset; it belongs to the oldest instruction that is not done.
+    stall_bus_stb : Out(1)
+        For LOAD_BUS, one cycle late.
+
+    Raises
+    ------
+    ValueError
+        If a burst cannot hold a word.
+    """
+
+    AR_LATENCY = 4
+    WRITE_LATENCY = 1
+
+    command: Any
+    regions: Any
+    act: Any
+    weights: Any
+    bus: Any
+    done_stb: Signal
+    busy: Signal
+    stop: Signal
+    idle: Signal
+    error_stb: Signal
+    error_cause: Signal
+    stall_bus_stb: Signal
+
+    def __init__(self, *, arch: ArchConfig) -> None:
+        self.arch = arch
+        burst_words(arch)
+        act_bits, weight_bits = ceil_log2(arch.act_depth), ceil_log2(arch.weight_depth)
+        super().__init__(
+            {
+                "command": In(command_signature()),
+                "regions": In(regions_layout(arch)),
+                "act": Out(write_port(addr_bits=act_bits, word_bits=arch.word_bits, parts=arch.parts_per_brick)),
+                "weights": Out(write_port(addr_bits=weight_bits, word_bits=arch.word_bits, parts=1)),
+                "bus": Out(axi_read_signature(arch)),
+                "done_stb": Out(1),
+                "busy": Out(1),
+                "stop": In(1),
+                "idle": Out(1, init=1),
+                "error_stb": Out(1),
+                "error_cause": Out(8),
+                "stall_bus_stb": Out(1),
+            }
+        )
+
+    def elaborate(self, platform: Any) -> Module:
+        m = Module()
+        arch, bus = self.arch, self.bus
+        m.submodules.issue = issue = BurstIssue(arch=arch)
+        m.submodules.words = words = WordWalk(
+            addr_bits=ceil_log2(max(arch.act_depth, arch.weight_depth)), lane_bits=lane_bits(arch)
+        )
+        command = data.View(instruction_layout(Opcode.LOAD), self.command.payload)
+        halted, stopped = Signal(), Signal()
+        m.d.comb += stopped.eq(halted | self.stop)
+        m.d.sync += halted.eq(stopped)
+
+        # The DRAM side takes an instruction at once, the buffer side when it is through with the one before.
+        waiting, waiting_target = Signal(words.i.payload.shape(), reset_less=True), Signal(1, reset_less=True)
+        waiting_valid, target = Signal(), Signal(1, reset_less=True)
+        take = self.command.valid & self.command.ready
+        m.d.comb += [
+            issue.regions.eq(self.regions),
+            issue.enable.eq(~stopped),
+            self.command.ready.eq(issue.i.ready & ~waiting_valid & ~stopped),
+            issue.i.valid.eq(take),
+            *(issue.i.payload[name].eq(command[name]) for name in issue.i.payload.shape().members),
+            words.i.valid.eq(waiting_valid),
+            words.i.payload.eq(waiting),
+        ]
+        with m.If(words.i.ready):
+            m.d.sync += waiting_valid.eq(0)
+            with m.If(waiting_valid):
+                m.d.sync += target.eq(waiting_target)
+        with m.If(take):
+            word_log2 = ceil_log2(arch.word_bytes)
+            m.d.sync += [
+                waiting_valid.eq(1),
+                waiting_target.eq(command.target),
+                *(waiting[n].eq(command[n]) for n in ("local_addr", "local_step1", "local_step2", *words.counts)),
+                waiting.lane.eq(self.regions[command.region].base[word_log2:] + command.dram_addr),
+                waiting.lane_step1.eq(command.dram_step1),
+                waiting.lane_step2.eq(command.dram_step2),
+            ]
+
+        # AR
+        m.d.comb += [
+            *address_constants(bus, "ar", arch),
+            bus.araddr.eq(issue.a_addr),
+            bus.arlen.eq(issue.a_len),
+            bus.arvalid.eq(issue.a_valid),
+            issue.a_ready.eq(bus.arready),
+            issue.finished_stb.eq(bus.rvalid & bus.rready & bus.rlast),
+            self.idle.eq(issue.idle),
+        ]
+
+        # R: beats to words (to whole beats where the bus is wider), with an error bit.
+        item_bits = max(arch.bus_bits, arch.word_bits)
+        m.submodules.skid = skid = SkidBuffer(shape=data.StructLayout({"bits": item_bits, "error": 1}))
+        error, complete = Signal(), Signal()
+        m.d.comb += [bus.rready.eq(skid.i.ready), skid.i.valid.eq(bus.rvalid & complete)]
+        if arch.beats_per_word == 1:
+            m.d.comb += [complete.eq(1), skid.i.payload.bits.eq(bus.rdata), error.eq(is_error(bus.rresp))]
+        else:
+            beat = Signal(range(arch.beats_per_word))
+            early_beats = Signal(arch.word_bits - arch.bus_bits, reset_less=True)
+            early_error = Signal()
+            m.d.comb += [
+                complete.eq(beat == arch.beats_per_word - 1),
+                skid.i.payload.bits.eq(Cat(early_beats, bus.rdata)),
+                error.eq(is_error(bus.rresp) | early_error),
+            ]
+            with m.If(bus.rvalid & bus.rready):
+                m.d.sync += [
+                    beat.eq(beat + 1),
+                    early_beats.eq(Cat(early_beats, bus.rdata)[arch.bus_bits :]),
+                    early_error.eq(error & ~complete),
+                ]
+        m.d.comb += skid.i.payload.error.eq(error)
+
+        # Words to the buffers.
+        lane = words.o.payload.lane
+        word = skid.o.payload.bits.word_select(lane, arch.word_bits) if len(lane) else skid.o.payload.bits
+        usable, written = Signal(), Signal()
+        m.d.comb += [
+            usable.eq(skid.o.valid & words.o.valid & ~halted & ~skid.o.payload.error),
+            written.eq(usable & Mux(target == LoadTarget.ACTIVATIONS, self.act.ready, self.weights.ready)),
+            skid.o.ready.eq(written | halted),
+            words.o.ready.eq(written),
+        ]
+        for port, number in ((self.act, LoadTarget.ACTIVATIONS), (self.weights, LoadTarget.WEIGHTS)):
+            m.d.comb += [
+                port.addr.eq(words.o.payload.addr),
+                port.data.eq(word),
+                port.mask.eq(~0),
+                port.valid.eq(usable & (target == number)),
+            ]
+
+        # What the rest of the core sees.
+        done, error_stb, cause, stall = Signal(), Signal(), Signal(8, reset_less=True), Signal()
+        refused, bad_data = Signal(), Signal()
+        m.d.comb += [
+            refused.eq(issue.refused & ~skid.o.valid & ~halted),
+            bad_data.eq(skid.o.valid & skid.o.payload.error & words.o.valid & ~halted),
+            self.busy.eq(waiting_valid | words.o.valid),
+            self.done_stb.eq(done),
+            self.error_stb.eq(error_stb),
+            self.error_cause.eq(cause),
+            self.stall_bus_stb.eq(stall),
+        ]
+        m.d.sync += [
+            done.eq(written & words.o.payload.last),
+            error_stb.eq(refused | bad_data),
+            cause.eq(Mux(bad_data, ErrorCause.BUS_READ, ErrorCause.REGION)),
+            stall.eq(self.busy & ~(skid.i.valid & skid.i.ready)),
+        ]
+        with m.If(refused | bad_data):
+            m.d.sync += halted.eq(1)
+        return m
