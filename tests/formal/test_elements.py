@@ -3,9 +3,9 @@
 
 For any number of lanes the argument has four links. The inverted bit products and their constant are the signed
 product: exhaustive, in tests/hw/test_elements.py. The plan hands every bit on exactly once, at its weight: also there.
-The inferred adders of ``technology="generic"`` are the rows of the plan, written with ``+``. Every carry chain gives what
-these adders give: proved here signal by signal, on Yosys' own model of the cell. Small elements are proved end to end
-as well.
+The inferred adders of ``technology="generic"`` are the rows of the plan, written with ``+``. Every carry chain gives
+what these adders give: proved here signal by signal, on Yosys' own model of the cell. Small elements are proved end to
+end as well.
 """
 
 import random
