@@ -25,6 +25,16 @@ BURSTS = 2
 """Bursts in flight, where ``outstanding`` allows it."""
 
 
+def check_arguments(*, arch: ArchConfig, axi_id: int, id_bits: int) -> None:
+    """Raise what :class:`Fetch` raises for these arguments."""
+    if not isinstance(arch, ArchConfig):
+        raise TypeError(f"arch must be an ArchConfig, not {arch!r}")
+    if not 1 <= id_bits <= 16:
+        raise ValueError(f"id_bits must be in 1..16, not {id_bits!r}")
+    if not 0 <= axi_id < 1 << id_bits:
+        raise ValueError(f"axi_id must be in 0..{(1 << id_bits) - 1}, not {axi_id!r}")
+
+
 class Fetch(wiring.Component):
     """Read instructions in order, check them, and hand each to one of four queues.
 
@@ -93,12 +103,7 @@ class Fetch(wiring.Component):
     progress_stb: Signal
 
     def __init__(self, *, arch: ArchConfig, axi_id: int = 0, id_bits: int = 1) -> None:
-        if not isinstance(arch, ArchConfig):
-            raise TypeError(f"arch must be an ArchConfig, not {arch!r}")
-        if not 1 <= id_bits <= 16:
-            raise ValueError(f"id_bits must be in 1..16, not {id_bits!r}")
-        if not 0 <= axi_id < 1 << id_bits:
-            raise ValueError(f"axi_id must be in 0..{(1 << id_bits) - 1}, not {axi_id!r}")
+        check_arguments(arch=arch, axi_id=axi_id, id_bits=id_bits)
         self._arch = arch
         self._axi_id = axi_id
         super().__init__(

@@ -1,0 +1,254 @@
+"""Control: everything that decides when which engine does what."""
+
+from typing import Any
+
+from amaranth import Cat, Module, ResetInserter, Signal
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out, Signature, connect, flipped
+
+from nibblecore.arch.config import ArchConfig
+from nibblecore.arch.isa import Engine
+from nibblecore.arch.regs import Counter, ErrorUnit, field
+
+from ..layouts import axi_lite_signature, axi_read_signature, command_signature, regions_layout
+from .counters import Counters
+from .csr import Csr
+from .fetch import Fetch, check_arguments
+from .issue import IssueStage
+from .semaphores import Semaphores
+from .supervisor import Supervisor
+
+DMA_ENGINES = (Engine.LOAD, Engine.STORE)
+
+
+def engine_signature(engine: Engine) -> Signature:
+    """Control's side of an engine.
+
+    ======================== ========================================================================================
+    ``command``              a transfer starts one instruction; its semaphores have been waited for
+    ``done_stb``             one pulse per finished instruction, in order, at least one cycle after its transfer
+    ``busy``                 an instruction is being executed
+    ``idle``                 (DMA) no bus transaction is in flight, nor a request waiting for the bus
+    ``error_stb``            (DMA) the oldest unfinished instruction met an error
+    ``error_cause``          (DMA) with it: a :class:`nibblecore.arch.regs.ErrorCause`
+    ======================== ========================================================================================
+    """
+    members = {"command": Out(command_signature()), "done_stb": In(1), "busy": In(1)}
+    if engine in DMA_ENGINES:
+        members |= {"idle": In(1), "error_stb": In(1), "error_cause": In(8)}
+    return Signature(members)
+
+
+def _is_stall(counter: Counter) -> bool:
+    return counter is not Counter.TOTAL and not counter.name.endswith(("_BUSY", "_SEMAPHORE"))
+
+
+def stalls_layout() -> data.StructLayout:
+    """The counters' events that only the engines know: one bit per such :class:`Counter`, by its name in lower case."""
+    return data.StructLayout({c.name.lower(): 1 for c in Counter if _is_stall(c)})
+
+
+class Control(wiring.Component):
+    """Fetch, four issue stages with their semaphores, registers, counters, errors and reset.
+
+    A program is done when END has been fetched, all queues are empty, no engine is busy and no bus transaction is in
+    flight. At a start all semaphores are 0, whatever the program before has left in them.
+
+    After an error no instruction is offered any more, except one that an engine has been offered but has not accepted
+    yet: streams never withdraw. Every engine can count on ``core_reset`` before the next program.
+
+    Cycles: an instruction that waits for nothing is offered to its engine 3 cycles after fetch offers it to the queue;
+    one that waits for an instruction of another engine 2 cycles after that one's ``done_stb``. STATUS shows done 2
+    cycles after the last condition holds; ``irq`` follows 1 cycle later.
+
+    Parameters
+    ----------
+    arch : ArchConfig
+        The core.
+    axi_id, id_bits : int
+        ID of fetch's transactions, and the width of IDs.
+
+    Members
+    -------
+    s_axil : Out(axi_lite_signature())
+        The host's port to the registers (the signature is written from the slave's side).
+    m_axi : Out(axi_read_signature(arch))
+        Fetch's read port. ``rready`` is always high.
+    load, mac, post, store : Out(engine_signature(engine))
+        The engines.
+    stalls : In(stalls_layout())
+        Events that the engines count.
+    progress : In(1)
+        A DMA has moved a beat, or a pixel has entered or left an engine. (Control sees starts and ends by itself.)
+    stop : Out(1)
+        To the DMAs: start no bus transaction.
+    core_reset : Out(1)
+        One cycle, when the bus is idle: every engine forgets what it was doing.
+    regions : Out(regions_layout(arch))
+        Base and size of the DRAM regions; they may change at any time, as the host writes them.
+    running : Out(1)
+        A program runs.
+    irq : Out(1)
+        The interrupt line, high while an interrupt is enabled and pending.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :class:`nibblecore_hw.ctrl.fetch.Fetch`.
+    """
+
+    s_axil: Any
+    m_axi: Any
+    load: Any
+    mac: Any
+    post: Any
+    store: Any
+    stalls: Any
+    progress: Signal
+    stop: Signal
+    core_reset: Signal
+    regions: Any
+    running: Signal
+    irq: Signal
+
+    def __init__(self, *, arch: ArchConfig, axi_id: int = 0, id_bits: int = 1) -> None:
+        check_arguments(arch=arch, axi_id=axi_id, id_bits=id_bits)
+        self._arch = arch
+        self._axi_id = axi_id
+        self._id_bits = id_bits
+        super().__init__(
+            {
+                "s_axil": Out(axi_lite_signature()),
+                "m_axi": Out(axi_read_signature(arch, id_bits=id_bits)),
+                **{e.name.lower(): Out(engine_signature(e)) for e in Engine},
+                "stalls": In(stalls_layout()),
+                "progress": In(1),
+                "stop": Out(1),
+                "core_reset": Out(1),
+                "regions": Out(regions_layout(arch)),
+                "running": Out(1),
+                "irq": Out(1),
+            }
+        )
+
+    def engine(self, engine: Engine) -> Any:
+        """The port of ``engine``."""
+        return getattr(self, engine.name.lower())
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        fetch = Fetch(arch=self._arch, axi_id=self._axi_id, id_bits=self._id_bits)
+        csr = Csr(arch=self._arch)
+        supervisor = Supervisor()
+        semaphores = Semaphores(bits=self._arch.semaphore_bits)
+        stages = {e: IssueStage(arch=self._arch, engine=e) for e in Engine}
+        core_reset = ResetInserter(supervisor.core_reset)
+        m.submodules.csr = csr
+        m.submodules.supervisor = supervisor
+        m.submodules.fetch = core_reset(fetch)
+        # A program may end with tokens left; the next one starts without.
+        m.submodules.semaphores = ResetInserter(supervisor.core_reset | supervisor.start_stb)(semaphores)
+        for engine, stage in stages.items():
+            m.submodules[f"issue_{engine.name.lower()}"] = core_reset(stage)
+
+        # Instructions
+        connect(m, fetch.axi, flipped(self.m_axi))
+        m.d.comb += [
+            fetch.region.eq(self.regions[0]),
+            fetch.start_stb.eq(supervisor.start_stb),
+            fetch.stop.eq(supervisor.stop),
+        ]
+        for engine, stage in stages.items():
+            port, n = self.engine(engine), int(engine)
+            connect(m, fetch.dispatch[n], stage.i)
+            connect(m, stage.command, flipped(port.command))
+            m.d.comb += [
+                stage.done_stb.eq(port.done_stb),
+                stage.hold.eq(supervisor.stop),
+                stage.available.eq(semaphores.available[n]),
+                stage.full.eq(semaphores.full[n]),
+                semaphores.take[n].eq(stage.take),
+                semaphores.signal[n].eq(stage.signal),
+            ]
+
+        self._supervise(m, supervisor, fetch, stages)
+        self._registers(m, csr, supervisor)
+        if self._arch.counters:
+            self._count(m, csr, supervisor, stages)
+        return m
+
+    def _supervise(self, m: Module, supervisor: Supervisor, fetch: Fetch, stages: dict[Engine, IssueStage]) -> None:
+        """What the supervisor sees of the core."""
+        moves = [self.progress, fetch.progress_stb]
+        idle = [fetch.idle]
+        quiet = [fetch.ended]
+        for engine, stage in stages.items():
+            port, n = self.engine(engine), int(engine)
+            moves += [port.command.valid & port.command.ready, port.done_stb]
+            quiet += [stage.empty, ~port.busy]
+            m.d.comb += [
+                supervisor.executing[n].eq(stage.executing),
+                supervisor.waits[n].eq(stage.waiting | stage.held),
+                supervisor.error_index[n].eq(stage.index),
+            ]
+            if engine in DMA_ENGINES:
+                idle.append(port.idle)
+                m.d.comb += [
+                    supervisor.error_stb[n].eq(port.error_stb),
+                    supervisor.error_cause[n].eq(port.error_cause),
+                ]
+        unit = int(ErrorUnit.FETCH)
+        m.d.comb += [
+            supervisor.error_stb[unit].eq(fetch.error_stb),
+            supervisor.error_cause[unit].eq(fetch.error_cause),
+            supervisor.error_index[unit].eq(fetch.index),
+            supervisor.idle.eq(Cat(idle).all()),
+            self.stop.eq(supervisor.stop),
+            self.core_reset.eq(supervisor.core_reset),
+            self.running.eq(supervisor.running),
+            self.irq.eq(supervisor.irq),
+        ]
+        # Registers, as these collect from all over the core; `finished` must not outlive the program it belongs to.
+        m.d.sync += [
+            supervisor.progress.eq(Cat(moves).any()),
+            supervisor.finished.eq(supervisor.running & Cat(*quiet, *idle).all()),
+        ]
+
+    def _registers(self, m: Module, csr: Csr, supervisor: Supervisor) -> None:
+        """Registers to and from the supervisor, and the regions."""
+        connect(m, csr.s_axil, flipped(self.s_axil))
+        m.d.comb += [
+            supervisor.start.eq(csr.control_ones[field("CONTROL", "start").low]),
+            supervisor.reset.eq(csr.control_ones[field("CONTROL", "reset").low]),
+            supervisor.watchdog.eq(csr.watchdog),
+            supervisor.watchdog_stb.eq(csr.watchdog_stb),
+            supervisor.irq_enable.eq(csr.irq_enable[field("IRQ_ENABLE", "enable").low]),
+            supervisor.irq_status_ones.eq(csr.irq_status_ones),
+            csr.status.eq(supervisor.status),
+            csr.irq_status.eq(supervisor.irq_status),
+            csr.error.eq(supervisor.error),
+            csr.error_index.eq(supervisor.error_index_kept),
+            csr.error_waits.eq(supervisor.error_waits),
+        ]
+        for n, region in enumerate(self.regions):
+            m.d.comb += [
+                region.base.eq(getattr(csr, f"region{n}_base")),
+                region.size.eq(getattr(csr, f"region{n}_size")),
+            ]
+
+    def _count(self, m: Module, csr: Csr, supervisor: Supervisor, stages: dict[Engine, IssueStage]) -> None:
+        """The counters and their events."""
+        m.submodules.counters = counters = Counters()
+        events: dict[str, Any] = {"total": 1}
+        events |= {name: self.stalls[name] for name in stalls_layout().members}
+        for engine, stage in stages.items():
+            name, busy = engine.name.lower(), self.engine(engine).busy
+            events[f"{name}_busy"] = busy
+            events[f"{name}_semaphore"] = ~busy & (stage.waiting | stage.held).any()
+        for name, event in events.items():
+            m.d.comb += counters.events[name].eq(supervisor.running & event)
+        m.d.comb += [
+            counters.clear_stb.eq(supervisor.start_stb | supervisor.core_reset),
+            csr.slot.eq(counters.slot),
+            csr.count.eq(counters.value),
+        ]

@@ -1,0 +1,228 @@
+"""Start, stop, errors, watchdog, interrupt and soft reset."""
+
+from typing import Any
+
+from amaranth import Cat, Module, Signal
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out
+
+from nibblecore.arch.isa import Engine
+from nibblecore.arch.regs import ErrorCause, ErrorUnit, field
+
+from ..layouts import INDEX_BITS
+from .semaphores import MASKS
+
+UNITS = len(ErrorUnit)
+
+SETTLE = 4
+"""Cycles for which the bus must have been idle before a soft reset clears the core."""
+
+
+_IRQ_DONE = field("IRQ_STATUS", "done").low
+_IRQ_ERROR = field("IRQ_STATUS", "error").low
+
+
+class Supervisor(wiring.Component):
+    """The state of the core as a whole: idle, running, error, resetting.
+
+    =========  ==========================  =====================================================================
+    from       when                        to
+    =========  ==========================  =====================================================================
+    idle       ``start``                   running; ``start_stb`` in the same cycle
+    running    an error, or the watchdog   error; unit, cause, index and waits are kept
+    running    ``finished``                idle, and done
+    any        ``reset``                   resetting: ``stop`` until ``idle`` has been high for :data:`SETTLE` cycles,
+                                           then one cycle of ``core_reset``, then idle
+    =========  ==========================  =====================================================================
+
+    ``reset`` wins over everything else, an error over ``finished``. Of several errors in one cycle the one of the
+    lowest unit wins, and any over the watchdog. Errors count while running only.
+
+    The watchdog stops the core when ``progress`` has been low for as many cycles as ``watchdog`` says, counted from the
+    start or from a write to that register. It blames the lowest engine that executes an instruction, since others may
+    wait for it; without one, the lowest that waits for a semaphore; without one, fetch.
+
+    Members
+    -------
+    start, reset : In(1)
+        The host's commands.
+    finished : In(1)
+        The program has ended. May not be left over from an earlier program in the first cycle of ``running``.
+    idle : In(1)
+        No bus transaction is in flight, requests that wait for the bus included.
+    error_stb, error_cause, error_index : In
+        Per unit: it met an error; its :class:`nibblecore.arch.regs.ErrorCause`; the instruction that it is at.
+    executing : In(4)
+        Engines with an unfinished instruction.
+    waits : In(MASKS)
+        Per engine, whom it waits for.
+    progress : In(1)
+        Some engine has made progress.
+    watchdog, watchdog_stb : In(32), In(1)
+        The register, and that it was written.
+    irq_enable, irq_status_ones : In(1), In(2)
+        Interrupt enable, and the interrupts to clear.
+    start_stb : Out(1)
+        A program starts.
+    running : Out(1)
+        From the cycle after ``start_stb`` until done or error.
+    stop : Out(1)
+        Start no instruction and no bus transaction. High in the states error and resetting.
+    core_reset : Out(1)
+        One cycle: clear everything that belongs to a program.
+    status, error, error_index_kept, error_waits, irq_status : Out(32)
+        What the registers read as.
+    irq : Out(1)
+        The interrupt line.
+    """
+
+    start: Signal
+    reset: Signal
+    finished: Signal
+    idle: Signal
+    error_stb: Signal
+    error_cause: Any
+    error_index: Any
+    executing: Signal
+    waits: Any
+    progress: Signal
+    watchdog: Signal
+    watchdog_stb: Signal
+    irq_enable: Signal
+    irq_status_ones: Signal
+    start_stb: Signal
+    running: Signal
+    stop: Signal
+    core_reset: Signal
+    status: Signal
+    error: Signal
+    error_index_kept: Signal
+    error_waits: Signal
+    irq_status: Signal
+    irq: Signal
+
+    def __init__(self) -> None:
+        super().__init__(
+            {
+                "start": In(1),
+                "reset": In(1),
+                "finished": In(1),
+                "idle": In(1),
+                "error_stb": In(UNITS),
+                "error_cause": In(data.ArrayLayout(8, UNITS)),
+                "error_index": In(data.ArrayLayout(INDEX_BITS, UNITS)),
+                "executing": In(len(Engine)),
+                "waits": In(MASKS),
+                "progress": In(1),
+                "watchdog": In(32),
+                "watchdog_stb": In(1),
+                "irq_enable": In(1),
+                "irq_status_ones": In(2),
+                "start_stb": Out(1),
+                "running": Out(1),
+                "stop": Out(1),
+                "core_reset": Out(1),
+                "status": Out(32),
+                "error": Out(32),
+                "error_index_kept": Out(32),
+                "error_waits": Out(32),
+                "irq_status": Out(32),
+                "irq": Out(1),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        done = Signal()
+        settled = Signal(range(SETTLE + 1))
+        cause = Signal(8)
+        unit = Signal(8)
+        index = Signal(INDEX_BITS)
+        waits = Signal(MASKS)
+        pending = Signal(2)
+        expired = self._watchdog(m)
+
+        # Who is to blame: the lowest unit with an error, else the watchdog's choice.
+        blamed = Signal(range(UNITS))
+        waiting = Cat(self.waits[int(e)].any() for e in Engine)
+        m.d.comb += blamed.eq(int(ErrorUnit.FETCH))
+        for candidates in (waiting, self.executing, self.error_stb):  # the last assignment wins
+            for n in reversed(range(len(candidates))):
+                with m.If(candidates[n]):
+                    m.d.comb += blamed.eq(n)
+
+        def reset_wins() -> None:
+            with m.If(self.reset):
+                m.d.sync += settled.eq(0)
+                m.next = "RESETTING"
+
+        m.d.sync += pending.eq(pending & ~self.irq_status_ones)  # what is set below in the same cycle stays
+        with m.FSM(name="core_state") as fsm:
+            with m.State("IDLE"):
+                m.d.comb += self.start_stb.eq(self.start & ~self.reset)
+                with m.If(self.start_stb):
+                    m.d.sync += [done.eq(0), cause.eq(0), unit.eq(0), index.eq(0), waits.eq(0)]
+                    m.next = "RUNNING"
+                reset_wins()
+            with m.State("RUNNING"):
+                m.d.sync += waits.eq(self.waits)
+                with m.If(self.error_stb.any() | expired):
+                    m.d.sync += [
+                        cause.eq(int(ErrorCause.WATCHDOG)),
+                        unit.eq(blamed),
+                        index.eq(self.error_index[blamed]),
+                        pending[_IRQ_ERROR].eq(1),
+                    ]
+                    with m.If(self.error_stb.any()):
+                        m.d.sync += cause.eq(self.error_cause[blamed])
+                    m.next = "ERROR"
+                with m.Elif(self.finished):
+                    m.d.sync += [done.eq(1), pending[_IRQ_DONE].eq(1)]
+                    m.next = "IDLE"
+                reset_wins()
+            with m.State("ERROR"):
+                reset_wins()
+            with m.State("RESETTING"):
+                m.d.sync += settled.eq(settled + 1)
+                with m.If(~self.idle):
+                    m.d.sync += settled.eq(0)
+                with m.Elif(settled == SETTLE - 1):
+                    m.d.sync += self.core_reset.eq(1)
+                    m.next = "CLEAR"
+            with m.State("CLEAR"):
+                m.d.sync += [self.core_reset.eq(0), done.eq(0), pending.eq(0)]
+                m.d.sync += [cause.eq(0), unit.eq(0), index.eq(0), waits.eq(0)]
+                m.next = "IDLE"
+
+        resetting = fsm.ongoing("RESETTING") | fsm.ongoing("CLEAR")
+        m.d.comb += [
+            self.running.eq(fsm.ongoing("RUNNING")),
+            self.stop.eq(fsm.ongoing("ERROR") | resetting),
+            self.error_index_kept.eq(index),
+            self.error_waits.eq(waits),
+            self.irq_status.eq(pending),
+        ]
+        for name, value in (
+            ("idle", fsm.ongoing("IDLE")),
+            ("running", fsm.ongoing("RUNNING")),
+            ("done", done),
+            ("error", fsm.ongoing("ERROR")),
+            ("resetting", resetting),
+        ):
+            m.d.comb += self.status[field("STATUS", name).low].eq(value)
+        for name, value in (("cause", cause), ("unit", unit)):
+            f = field("ERROR", name)
+            m.d.comb += self.error[f.low : f.low + f.bits].eq(value)
+        m.d.sync += self.irq.eq(self.irq_enable & pending.any())
+        return m
+
+    def _watchdog(self, m: Module) -> Signal:
+        """Returns that the time without progress is over."""
+        left = Signal(32, reset_less=True)
+        enabled = Signal()
+        expired = Signal()
+        m.d.sync += [enabled.eq(self.watchdog != 0), left.eq(left - 1)]
+        with m.If(~self.running | self.progress | self.watchdog_stb):
+            m.d.sync += left.eq(self.watchdog)
+        m.d.comb += expired.eq(self.running & enabled & ~self.watchdog_stb & (left == 0))
+        return expired
