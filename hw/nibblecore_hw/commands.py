@@ -35,13 +35,13 @@ def verilog(
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Write a core as one Verilog file with conventional AXI names."""
-    from .synth import core_verilog
     from .top import Accelerator
+    from .verilog import to_verilog
 
     config = _arch(arch, element)
     path = require_output_folder(output)
     say(f"elaborating {config.name} ({config.lanes}x{config.columns}, {config.element})", quiet=as_json)
-    text = core_verilog(Accelerator(config), module)
+    text = to_verilog(Accelerator(config), name=module)
     write_atomically(path, text.encode())
     if as_json:
         print_json({"arch": config.name, "element": config.element, "config_hash": config.hash, "file": str(path)})

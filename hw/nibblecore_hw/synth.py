@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import resource
 import statistics
@@ -12,12 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from amaranth.back import verilog
-
 from nibblecore.arch.config import ArchConfig
 from nibblecore.errors import ToolchainError
 
 from .harness import ScanHarness
+from .verilog import to_verilog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,14 +68,6 @@ class SynthReport:
     critical_path: list[str]
     seconds: float
     peak_memory_mb: float
-
-
-def core_verilog(component: Any, name: str) -> str:
-    """Verilog as synthesis reads it: no source positions, Amaranth's own Yosys."""
-    os.environ.setdefault("AMARANTH_USE_YOSYS", "builtin")
-    text = verilog.convert(component, name=name, emit_src=False, strip_internal_attrs=True)
-    assert isinstance(text, str)
-    return text
 
 
 def yosys_script(json_path: str) -> str:
@@ -141,7 +131,7 @@ def synthesize(
     folder.mkdir(parents=True, exist_ok=True)
     report("writing Verilog")
     # The core's module keeps its own name, so that its cells can be told from the harness'.
-    text = core_verilog(ScanHarness(component), "top")
+    text = to_verilog(ScanHarness(component), name="top")
     (folder / "top.v").write_text(re.sub(r"\\top\.core\b|\btop\.core\b", "core", text).replace("\\core ", "core "))
     (folder / "synth.ys").write_text(yosys_script("top.json"))
     report("Yosys")

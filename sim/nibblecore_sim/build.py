@@ -34,6 +34,7 @@ import find_libpython
 from cocotb_tools.runner import get_runner
 
 from nibblecore.errors import SimulationError, ToolchainError
+from nibblecore_hw.verilog import to_verilog
 
 from .toolchain import find_icarus, find_verilator
 
@@ -50,30 +51,6 @@ TIMESCALE = ("1ns", "1ps")
 
 # Part of every key: change it when builds made by older code must not be used any more.
 _FORMAT = 1
-
-
-def to_verilog(component: Any, *, name: str) -> str:
-    """Verilog text of an Amaranth component, the same on every machine.
-
-    Parameters
-    ----------
-    component : wiring.Component
-        Its ports are the members of its signature, nested ones joined by two underscores, and ``clk`` and ``rst`` if
-        it has synchronous logic.
-    name : str
-        Name of the top module.
-
-    Notes
-    -----
-    Amaranth's own Yosys is used, whatever else is installed: other versions print the same design differently. Source
-    positions are left out, so that the text does not depend on where the sources are.
-    """
-    from amaranth.back import verilog
-
-    with mock.patch.dict(os.environ, {"AMARANTH_USE_YOSYS": "builtin"}):
-        text = verilog.convert(component, name=name, emit_src=False, strip_internal_attrs=True)
-    assert isinstance(text, str)
-    return text
 
 
 def cache_dir() -> Path:

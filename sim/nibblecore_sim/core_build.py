@@ -17,6 +17,8 @@ from .build import Build, build_icarus, build_verilator, cache_dir, to_verilog
 
 TOP = "simulated_core"
 RTL = Path(__file__).parent / "rtl"
+# What Yosys writes for Amaranth's zero-width signals, and for multiplexers whose one-hot selects it knows.
+GENERATED = ("-Wno-ASCRANGE", "-Wno-CASEOVERLAP")
 
 
 def core_verilog(arch: ArchConfig) -> Path:
@@ -51,7 +53,7 @@ def build_core(
     sources = [core_verilog(arch), RTL / "axi_memory.sv", RTL / "simulated_core.sv"]
     if simulator == "icarus":
         return build_icarus(TOP, sources, parameters=parameters, waves=waves)
-    return build_verilator(TOP, sources, parameters=parameters, waves=waves)
+    return build_verilator(TOP, sources, parameters=parameters, flags=GENERATED, waves=waves)
 
 
 def serve_command(build: Build, folder: Path) -> list[str]:

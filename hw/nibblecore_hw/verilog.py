@@ -1,0 +1,61 @@
+"""Verilog from Amaranth, as simulators, synthesis and users get it."""
+
+import os
+import re
+from typing import Any, Final
+from unittest import mock
+
+from amaranth import Fragment
+from amaranth._toolchain.yosys import find_yosys
+from amaranth.back import rtlil
+from amaranth.hdl._ir import PortDirection
+from amaranth.lib.wiring import In
+
+_ATTRIBUTES: Final = ("generator", "top", "src", "amaranth.hierarchy", "amaranth.decoding")
+_MEMORY_INIT: Final = re.compile(r"  cell \$meminit_v2 .*?\n  end\n", re.DOTALL)
+_NONZERO: Final = re.compile(r"connect \\DATA \d+'[0x]*1")
+
+
+def to_verilog(component: Any, *, name: str, platform: Any = None) -> str:
+    """Verilog-2001 text of a component; the same sources give the same text.
+
+    Ports are the members of the component's signature, nested ones joined by two underscores, and ``clk`` and ``rst``
+    if it has synchronous logic.
+
+    This is not ``amaranth.back.verilog.convert`` for three reasons. That one leaves combinational processes as
+    ``always @*``, which assign nothing when they read no signal (a constant bit stays 0 or X for ever), and which
+    Icarus does not run before an input changes: here all of them become ``assign``. It writes out zeros for every word
+    of every memory, which single-port RAMs of some FPGAs cannot have, and which our circuits do not need. And it uses
+    whatever Yosys is installed: here it is always the one that comes with Amaranth.
+
+    Parameters
+    ----------
+    component : wiring.Component
+        The circuit.
+    name : str
+        Name of its module.
+    platform : optional
+        Handed to ``elaborate``.
+    """
+    ports = {
+        "__".join(map(str, path)): (
+            value.as_value() if hasattr(value, "as_value") else value,
+            PortDirection.Input if member.flow is In else PortDirection.Output,
+        )
+        for path, member, value in component.signature.flatten(component)
+    }
+    with mock.patch.dict(os.environ, {"AMARANTH_USE_YOSYS": "builtin"}):
+        text, _ = rtlil.convert_fragment(Fragment.get(component, platform), ports, name, emit_src=False)
+        text = _MEMORY_INIT.sub(lambda m: m.group(0) if _NONZERO.search(m.group(0)) else "", text)
+        remove = " ".join(f"-remove {attribute}" for attribute in _ATTRIBUTES)
+        script = [
+            f"read_rtlil <<rtlil\n{text}\nrtlil",
+            "proc -norom",
+            "memory_collect",
+            f"attrmap {remove}",
+            f"attrmap -modattr {remove}",
+            "write_verilog -norename",
+        ]
+        yosys = find_yosys(lambda version: version >= (0, 40))
+        result: str = yosys.run(["-q", "-"], "\n".join(script), ignore_warnings=True)
+    return result
