@@ -16,6 +16,7 @@ from nibblecore.arch.isa import Instruction, LoadTarget, Opcode
 from nibblecore.arch.regs import ErrorCause
 from nibblecore_hw.dma.load import LoadDma
 from nibblecore_sim.models.axi_pysim import AxiMemory
+from nibblecore_sim.models.copy3d import copied_words, random_copy
 from nibblecore_sim.pysim import Stalls, put, simulate
 
 # (lanes, bus_bits): words of 1/2, 1/4 of the bus, equal, 2 and 4 beats.
@@ -25,40 +26,13 @@ REGION, OTHER_REGION = 3, 6
 
 
 def make_arch(lanes: int = 8, bus_bits: int = 32, burst_beats: int = 8, outstanding: int = 2) -> ArchConfig:
-    return ArchConfig(name="t", lanes=lanes, columns=4, post_lanes=2, acc_depth=16, act_depth=256, act_banks=2,
-                      weight_depth=512, bus_bits=bus_bits, burst_beats=burst_beats, outstanding=outstanding,
-                      addr_bits=32)  # fmt: skip
+    return ArchConfig(name="t", lanes=lanes, columns=4, post_lanes=4, acc_depth=16, act_depth=256, act_banks=2,
+                      weight_depth=512, bus_bits=bus_bits, burst_beats=burst_beats,
+                      outstanding=outstanding)  # fmt: skip
 
 
-def random_load(
-    rng: random.Random, words: int, *, opcode: Opcode = Opcode.LOAD, longest: int = 24, region: int = REGION
-) -> Instruction:
-    """A random copy that stays within ``words`` words of its region."""
-    while True:
-        fields = {
-            "count0": rng.choice([1, 2, rng.randint(1, longest)]), "count1": rng.randint(1, 4),
-            "count2": rng.randint(1, 3), "dram_step1": rng.randint(0, 60), "dram_step2": rng.randint(0, 200),
-            "dram_addr": rng.randrange(words), "local_addr": rng.getrandbits(16),
-            "local_step1": rng.randint(-100, 100), "local_step2": rng.randint(-32768, 32767),
-        }  # fmt: skip
-        if opcode is Opcode.LOAD:
-            fields["target"] = rng.getrandbits(1)
-        instruction = isa.make(opcode, region=region, **fields)
-        if max(dram for _, dram in model(instruction)) < words:
-            return instruction
-
-
-def model(load: Instruction) -> list[tuple[int, int]]:
-    """(buffer address before the modulo, DRAM word in the region) of each word, in order."""
-    return [
-        (
-            load["local_addr"] + p * load["local_step2"] + r * load["local_step1"] + w,
-            load["dram_addr"] + p * load["dram_step2"] + r * load["dram_step1"] + w,
-        )
-        for p in range(load["count2"])
-        for r in range(load["count1"])
-        for w in range(load["count0"])
-    ]
+def random_load(rng: random.Random, words: int, *, longest: int = 24, region: int = REGION) -> Instruction:
+    return random_copy(rng, Opcode.LOAD, words=words, region=region, longest=longest)
 
 
 @dataclass
@@ -148,7 +122,7 @@ def expected(arch: ArchConfig, load: Instruction, data: bytes, base: int) -> lis
     wb = arch.word_bytes
     return [
         (load["target"], local % depth, int.from_bytes(data[base + dram * wb : base + (dram + 1) * wb], "little"))
-        for local, dram in model(load)
+        for local, dram in copied_words(load)
     ]
 
 
@@ -157,7 +131,7 @@ def flat(parts: Iterable[list[tuple[int, int, int]]]) -> list[tuple[int, int, in
 
 
 def touched(arch: ArchConfig, load: Instruction, base: int) -> set[int]:
-    return {base + dram * arch.word_bytes + i for _, dram in model(load) for i in range(arch.word_bytes)}
+    return {base + dram * arch.word_bytes + i for _, dram in copied_words(load) for i in range(arch.word_bytes)}
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -198,7 +172,7 @@ def test_long_rows_have_no_gap(lanes: int, bus_bits: int) -> None:
                     dram_step2=128, local_step1=37, local_step2=111)  # fmt: skip
     loads = [load, isa.make(Opcode.LOAD, region=REGION, target=1, dram_addr=500, count0=100), load]
     run = run_load(arch, loads, memory, base=0, size=SIZE)
-    words = [len(model(x)) for x in loads]
+    words = [len(copied_words(x)) for x in loads]
     # The docstring's cycles: here R comes 7 cycles after ARVALID, which is taken at once.
     latency = 7
     assert run.ar[0] - run.commands[0] == LoadDma.AR_LATENCY
@@ -281,10 +255,7 @@ def test_region_errors(seed: int) -> None:
     base = 128 * rng.randint(0, 3)
     size = words * arch.word_bytes + rng.randrange(arch.word_bytes)
     good = [random_load(rng, words, longest=12) for _ in range(words > 1)]
-    while True:
-        bad = random_load(rng, 1000, longest=30)
-        if max(dram for _, dram in model(bad)) >= words:
-            break
+    bad = random_copy(rng, Opcode.LOAD, words=1000, region=REGION, longest=30, least=words)
     memory = AxiMemory(
         size=SIZE, bus_bytes=arch.bus_bytes, seed=seed, stall=0.3, latency=(0, 9), windows=[(base, base + size)]
     )
@@ -296,7 +267,7 @@ def test_region_errors(seed: int) -> None:
     # Whole bursts before the refused one were copied; it holds the first word outside.
     before = flat(expected(arch, x, memory.data, base) for x in good)
     inside = 0
-    for _, dram in model(bad):
+    for _, dram in copied_words(bad):
         if dram >= words:
             break
         inside += 1
@@ -323,7 +294,7 @@ def test_extreme_regions(base: int, size: int, dram_addr: int, count2: int, dram
     run = run_load(arch, [load], memory, base=base, size=size, until=lambda r: bool(r.errors))
     assert [cause for _, cause, _ in run.errors] == [ErrorCause.REGION]
     limit = min(size, (1 << 32) - base) if base % arch.word_bytes == 0 else 0
-    inside = [dram for _, dram in model(load) if (dram + 1) * arch.word_bytes <= limit]
+    inside = [dram for _, dram in copied_words(load) if (dram + 1) * arch.word_bytes <= limit]
     assert len(run.writes) == len(inside)
 
 

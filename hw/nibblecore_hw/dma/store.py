@@ -1,0 +1,253 @@
+"""STORE: copy words from the activation buffer to DRAM."""
+
+from typing import Any
+
+from amaranth import Cat, Module, Mux, Signal
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out
+from amaranth.utils import ceil_log2
+
+from nibblecore.arch.config import ArchConfig
+from nibblecore.arch.isa import Opcode
+from nibblecore.arch.regs import ErrorCause
+
+from ..ctrl.queue import Queue
+from ..layouts import (
+    READ_LATENCY,
+    axi_write_signature,
+    command_signature,
+    instruction_layout,
+    read_port,
+    regions_layout,
+)
+from .axi import address_constants, is_error
+from .walk import BurstIssue, WordWalk, burst_words, lane_bits
+
+__all__ = ["StoreDma"]
+
+
+class StoreDma(wiring.Component):
+    """Execute STORE instructions.
+
+    ::
+
+        command ─► BurstIssue ─────────┬───────────────────────────► AW
+           └─────► WordWalk            └─► Queue of bursts ─┐
+                      └─► activation buffer ─► Queue ─► words to beats ─► W
+                                                                          B ─► done
+
+    Addresses run ahead of data, and words are read ahead as far as the queue allows, into the next rows, planes and the
+    next instruction; up to ``arch.outstanding`` bursts are in flight. W never runs ahead of AW: the first beat of a
+    burst is offered at least one cycle after its address. WVALID is raised only for a beat whose word is there. See
+    :class:`~.walk.BurstWalk` for how rows are cut.
+
+    Cycles, counted from the one in which ``command`` transfers, of an idle engine:
+
+    - the first AWVALID is :attr:`AW_LATENCY` cycles later, and one burst can follow every 2 cycles;
+    - the first WVALID is :attr:`W_LATENCY` cycles later, if the buffer grants at once, and W goes on with a beat per
+      cycle, without a gap between bursts and rows, where every burst has 2 beats or more and ``outstanding`` bursts
+      have as many beats as a burst takes from AWVALID to its response;
+    - ``done_stb`` comes one cycle after the last response was taken. So an instruction of n words takes ``W_LATENCY +
+      n * beats_per_word + B + 1`` cycles, where B is the number of cycles from the last beat's transfer to its
+      response's;
+    - a STORE that is given before the bursts of the one before are all sent starts without a gap: its first address
+      follows the last one of the one before by 5 cycles.
+
+    After an error, or once ``stop`` has been seen, the engine starts no burst and takes no command; bursts that are in
+    flight are ended with beats that write nothing (WSTRB = 0; a beat that is being offered stays as it is). Only a
+    reset leads out of that, and must not come before ``idle``.
+
+    Parameters
+    ----------
+    arch : ArchConfig
+
+    Members
+    -------
+    command : In(command_signature())
+        STORE instructions.
+    regions : In(regions_layout(arch))
+        From the CSRs; read when an instruction is taken.
+    act : Out(read_port(...))
+        To the activation buffer.
+    bus : Out(axi_write_signature(arch))
+    done_stb : Out(1)
+        The responses of all bursts of an instruction have come.
+    busy : Out(1)
+        From the cycle after an instruction is taken to the one before its ``done_stb``.
+    stop : In(1)
+    idle : Out(1)
+        No burst is in flight.
+    error_stb, error_cause : Out
+        REGION: a burst would leave its region; it is not sent, and reported when all before it are answered. BUS_WRITE:
+        SLVERR or DECERR. At most one error until reset; it belongs to the oldest instruction that is not done.
+    stall_bus_stb : Out(1)
+        For STORE_BUS, one cycle late.
+
+    Raises
+    ------
+    ValueError
+        If a burst cannot hold a word.
+    """
+
+    AW_LATENCY = 4
+    W_LATENCY = 6
+    QUEUE_WORDS = 8
+    """Words that can be read ahead."""
+
+    command: Any
+    regions: Any
+    act: Any
+    bus: Any
+    done_stb: Signal
+    busy: Signal
+    stop: Signal
+    idle: Signal
+    error_stb: Signal
+    error_cause: Signal
+    stall_bus_stb: Signal
+
+    def __init__(self, *, arch: ArchConfig) -> None:
+        self.arch = arch
+        burst_words(arch)
+        super().__init__(
+            {
+                "command": In(command_signature()),
+                "regions": In(regions_layout(arch)),
+                "act": Out(read_port(addr_bits=ceil_log2(arch.act_depth), word_bits=arch.word_bits)),
+                "bus": Out(axi_write_signature(arch)),
+                "done_stb": Out(1),
+                "busy": Out(1),
+                "stop": In(1),
+                "idle": Out(1, init=1),
+                "error_stb": Out(1),
+                "error_cause": Out(8),
+                "stall_bus_stb": Out(1),
+            }
+        )
+
+    def elaborate(self, platform: Any) -> Module:
+        m = Module()
+        arch, bus = self.arch, self.bus
+        m.submodules.issue = issue = BurstIssue(arch=arch)
+        m.submodules.words = words = WordWalk(addr_bits=ceil_log2(arch.act_depth))
+        command = data.View(instruction_layout(Opcode.STORE), self.command.payload)
+        halted, stopped = Signal(), Signal()
+        m.d.comb += stopped.eq(halted | self.stop)
+        m.d.sync += halted.eq(stopped)
+
+        # The DRAM side takes an instruction at once, the buffer side when it is through with the one before.
+        waiting, waiting_valid = Signal(words.i.payload.shape(), reset_less=True), Signal()
+        take = self.command.valid & self.command.ready
+        m.d.comb += [
+            issue.regions.eq(self.regions),
+            issue.enable.eq(~stopped),
+            self.command.ready.eq(issue.i.ready & ~waiting_valid & ~stopped),
+            issue.i.valid.eq(take),
+            *(issue.i.payload[name].eq(command[name]) for name in issue.i.payload.shape().members),
+            words.i.valid.eq(waiting_valid),
+            words.i.payload.eq(waiting),
+        ]
+        with m.If(words.i.ready):
+            m.d.sync += waiting_valid.eq(0)
+        with m.If(take):
+            m.d.sync += [
+                waiting_valid.eq(1),
+                *(waiting[n].eq(command[n]) for n in ("local_addr", "local_step1", "local_step2", *words.counts)),
+            ]
+
+        # Words from the buffer; `claimed` counts those that are read or being read, and not yet used.
+        m.submodules.queue = queue = Queue(shape=arch.word_bits, depth=self.QUEUE_WORDS)
+        claimed, arriving = Signal(range(self.QUEUE_WORDS + 1)), Signal(READ_LATENCY)
+        granted, used = Signal(), Signal()
+        m.d.comb += [
+            self.act.addr.eq(words.o.payload.addr),
+            self.act.valid.eq(words.o.valid & (claimed != self.QUEUE_WORDS) & ~halted),
+            granted.eq(self.act.valid & self.act.ready),
+            words.o.ready.eq(granted),
+            used.eq(queue.o.valid & queue.o.ready),
+            queue.i.valid.eq(arriving[-1]),
+            queue.i.payload.eq(self.act.data),
+        ]
+        m.d.sync += [arriving.eq(Cat(granted, arriving)), claimed.eq(claimed + granted - used)]
+
+        # AW. The queues hold what is in flight, so they never are full when a burst is issued.
+        lanes = lane_bits(arch)
+        in_flight = max(2, arch.outstanding)
+        shape = data.StructLayout({"words_m1": max(1, ceil_log2(burst_words(arch))), "lane": lanes})
+        m.submodules.bursts = bursts = Queue(shape=shape, depth=in_flight)
+        m.submodules.lasts = lasts = Queue(shape=1, depth=in_flight)
+        m.d.comb += [
+            *address_constants(bus, "aw", arch),
+            bus.awaddr.eq(issue.a_addr),
+            bus.awlen.eq(issue.a_len),
+            bus.awvalid.eq(issue.a_valid),
+            issue.a_ready.eq(bus.awready),
+            self.idle.eq(issue.idle),
+            bursts.i.valid.eq(issue.burst_stb),
+            bursts.i.payload.words_m1.eq(issue.burst.words_m1),
+            bursts.i.payload.lane.eq(issue.burst.addr[ceil_log2(arch.word_bytes) :]),
+            lasts.i.valid.eq(issue.burst_stb),
+            lasts.i.payload.eq(issue.burst.last),
+        ]
+
+        # W: words to beats. Once stopped, beats need no word and write nothing.
+        beat_bits = ceil_log2(arch.beats_per_word)
+        number = Signal(len(bursts.o.payload.words_m1))
+        beat, word_ends, burst_ends = Signal(beat_bits), Signal(), Signal()
+        wdata, wstrb = Signal(arch.bus_bits, reset_less=True), Signal(arch.bus_bytes, reset_less=True)
+        wlast, wvalid, w_ends_word = Signal(reset_less=True), Signal(), Signal(reset_less=True)
+        lane = (bursts.o.payload.lane + number)[:lanes]
+        step = Signal()
+        m.d.comb += [
+            step.eq((~wvalid | bus.wready) & bursts.o.valid & (queue.o.valid | stopped)),
+            word_ends.eq(beat == arch.beats_per_word - 1),
+            burst_ends.eq(word_ends & (number == bursts.o.payload.words_m1)),
+            queue.o.ready.eq(step & word_ends),
+            bursts.o.ready.eq(step & burst_ends),
+            bus.wdata.eq(wdata),
+            bus.wstrb.eq(wstrb),
+            bus.wlast.eq(wlast),
+            bus.wvalid.eq(wvalid),
+        ]
+        with m.If(~wvalid | bus.wready):
+            word_bytes = arch.bus_bytes >> lanes
+            enabled = Cat((lane == k).replicate(word_bytes) for k in range(1 << lanes))
+            word = queue.o.payload
+            m.d.sync += [
+                wvalid.eq(step),
+                wlast.eq(burst_ends),
+                w_ends_word.eq(word_ends),
+                wdata.eq(word.word_select(beat, arch.bus_bits) if beat_bits else word.replicate(1 << lanes)),
+                wstrb.eq(Mux(stopped, 0, enabled)),
+            ]
+        with m.If(step):
+            m.d.sync += beat.eq(beat + 1)
+            with m.If(burst_ends):
+                m.d.sync += number.eq(0)
+            with m.Elif(word_ends):
+                m.d.sync += number.eq(number + 1)
+
+        # B, and what the rest of the core sees.
+        done, error_stb, cause, stall = Signal(), Signal(), Signal(8, reset_less=True), Signal()
+        refused, bad_response = Signal(), Signal()
+        m.d.comb += [
+            bus.bready.eq(1),
+            issue.finished_stb.eq(bus.bvalid),
+            lasts.o.ready.eq(bus.bvalid),
+            refused.eq(issue.refused & ~halted),
+            bad_response.eq(bus.bvalid & is_error(bus.bresp) & ~halted),
+            self.busy.eq(~issue.i.ready | ~issue.idle),
+            self.done_stb.eq(done),
+            self.error_stb.eq(error_stb),
+            self.error_cause.eq(cause),
+            self.stall_bus_stb.eq(stall),
+        ]
+        m.d.sync += [
+            done.eq(bus.bvalid & lasts.o.payload & ~bad_response & ~halted),
+            error_stb.eq(refused | bad_response),
+            cause.eq(Mux(bad_response, ErrorCause.BUS_WRITE, ErrorCause.REGION)),
+            stall.eq(self.busy & ~(bus.wvalid & bus.wready & w_ends_word)),
+        ]
+        with m.If(refused | bad_response):
+            m.d.sync += halted.eq(1)
+        return m
