@@ -36,6 +36,9 @@ class Semaphores(wiring.Component):
     full : Out(MASKS)
         ``full[a]`` bit ``b``: engine ``a`` cannot signal engine ``b`` now.
 
+    counts : dict
+        The counter from engine ``a`` to engine ``b``, by ``(a, b)``; not a port, for specs and benches.
+
     Raises
     ------
     ValueError
@@ -53,6 +56,13 @@ class Semaphores(wiring.Component):
         if not 2 <= bits <= 8:
             raise ValueError(f"bits must be in 2..8, not {bits!r}")
         self._bits = bits
+        # Made here and not in `elaborate`, so that a spec or a bench can look at them.
+        self.counts = {
+            (a, b): Signal(bits, name=f"{a.name.lower()}_to_{b.name.lower()}")
+            for a in Engine
+            for b in Engine
+            if a is not b
+        }
         super().__init__({"signal": In(MASKS), "take": In(MASKS), "available": Out(MASKS), "full": Out(MASKS)})
 
     @property
@@ -62,18 +72,14 @@ class Semaphores(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        for a in Engine:
-            for b in Engine:
-                if a is b:
-                    continue
-                count = Signal(self._bits, name=f"{a.name.lower()}_to_{b.name.lower()}")
-                up, down = self.signal[int(a)][int(b)], self.take[int(b)][int(a)]
-                m.d.comb += [
-                    self.available[int(b)][int(a)].eq(count != 0),
-                    self.full[int(a)][int(b)].eq(count == self.maximum),
-                ]
-                with m.If(up & ~down & (count != self.maximum)):
-                    m.d.sync += count.eq(count + 1)
-                with m.Elif(down & ~up & (count != 0)):
-                    m.d.sync += count.eq(count - 1)
+        for (a, b), count in self.counts.items():
+            up, down = self.signal[int(a)][int(b)], self.take[int(b)][int(a)]
+            m.d.comb += [
+                self.available[int(b)][int(a)].eq(count != 0),
+                self.full[int(a)][int(b)].eq(count == self.maximum),
+            ]
+            with m.If(up & ~down & (count != self.maximum)):
+                m.d.sync += count.eq(count + 1)
+            with m.Elif(down & ~up & (count != 0)):
+                m.d.sync += count.eq(count - 1)
         return m
