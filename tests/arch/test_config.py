@@ -19,6 +19,8 @@ def config(**changes: object) -> ArchConfig:
         ({"columns": 512}, "columns must be in 1..256, not 512"),
         ({"acc_bits": 16}, "acc_bits must be in 24..32, not 16"),
         ({"post_lanes": 32}, "post_lanes=32 must divide columns=16"),
+        ({"post_lanes": 1}, "post_lanes must be in lanes/8..lanes, with lanes=16 in 2..16, not 1"),
+        ({"lanes": 4, "post_lanes": 8}, "post_lanes must be in lanes/8..lanes, with lanes=4 in 1..4, not 8"),
         ({"act_depth": 32, "act_banks": 4}, "act_depth=32 leaves fewer than 16 words in each of 4 banks"),
         (
             {"weight_depth": 32},

@@ -7,7 +7,7 @@ from amaranth.lib.wiring import In, Out
 from nibblecore.arch import numerics
 from nibblecore.arch.numerics import ADD_FACTOR_BITS, ADD_SHIFT_MAX, BIAS_BITS, MULT_BITS, SHIFT_MAX
 
-__all__ = ["CODE_BITS", "RequantLane", "ResidualLane", "RoundShiftClamp"]
+__all__ = ["CODE_BITS", "RequantLane", "ResidualLane", "RoundShiftClamp", "delayed"]
 
 CODE_BITS = 8
 """Width of codes, zero points and clamps inside the post unit; 4-bit codes are clamped to -8..7 by the program."""
@@ -17,8 +17,8 @@ _LOW_BITS = 17
 part times the 18-bit multiplier is one signed 18x18 product."""
 
 
-def _delayed(m: Module, value: Value, cycles: int, name: str) -> Value:
-    """``value`` behind ``cycles`` registers without reset."""
+def delayed(m: Module, value: Value, cycles: int, name: str) -> Value:
+    """``value`` behind ``cycles`` registers without reset, named ``<name>_<n>``."""
     for i in range(1, cycles + 1):
         stage = Signal(value.shape(), name=f"{name}_{i}", reset_less=True)
         m.d.sync += stage.eq(value)
@@ -214,7 +214,7 @@ class RequantLane(wiring.Component):
         m = Module()
         m.submodules.round = round_ = RoundShiftClamp(value_bits=BIAS_BITS + MULT_BITS, shift_max=SHIFT_MAX)
 
-        mult = _delayed(m, self.mult, 1, "mult")
+        mult = delayed(m, self.mult, 1, "mult")
         low_product = Signal(signed(_LOW_BITS + MULT_BITS), reset_less=True)
         high_product = Signal(signed(BIAS_BITS - _LOW_BITS + MULT_BITS), reset_less=True)
         product = Signal(signed(BIAS_BITS + MULT_BITS), reset_less=True)
@@ -226,7 +226,7 @@ class RequantLane(wiring.Component):
         ]
         m.d.comb += [
             round_.value.eq(product),
-            round_.shift.eq(_delayed(m, self.shift, 3, "shift")),
+            round_.shift.eq(delayed(m, self.shift, 3, "shift")),
             round_.zero.eq(self.zero),
             round_.low.eq(self.low),
             round_.high.eq(self.high),
@@ -310,8 +310,8 @@ class ResidualLane(wiring.Component):
         product_b = Signal(signed(product_bits), reset_less=True)
         total = Signal(signed(product_bits + 1), reset_less=True)
         m.d.sync += [
-            product_a.eq(_delayed(m, self.a - self.zero_a, 1, "difference_a") * self.k_a),
-            product_b.eq(_delayed(m, self.b - self.zero_b, 1, "difference_b") * self.k_b),
+            product_a.eq(delayed(m, self.a - self.zero_a, 1, "difference_a") * self.k_a),
+            product_b.eq(delayed(m, self.b - self.zero_b, 1, "difference_b") * self.k_b),
             total.eq(product_a + product_b),
         ]
         m.d.comb += [

@@ -44,7 +44,8 @@ class ArchConfig:
     acc_depth : int
         Output pixels that one of the two accumulator banks holds: the largest output tile.
     post_lanes : int
-        Requantization lanes: output channels that the post unit finishes per cycle. Also the columns that share one
+        Requantization lanes: output channels that the post unit finishes per cycle; lanes/8..lanes, so that a 32-bit
+        sum per lane fills at least a word, and a code per lane at most one. Also the columns that share one
         accumulator memory and one activation register of the systolic chain.
     act_depth, act_banks : int
         Words of the activation buffer, and the number of equal banks of consecutive addresses that it is cut into.
@@ -119,6 +120,11 @@ class ArchConfig:
         self._check_choice("weight_memory", ("dual", "single"))
         if self.columns % self.post_lanes:
             raise ConfigError(f"post_lanes={self.post_lanes} must divide columns={self.columns}")
+        if not self.lanes <= 8 * self.post_lanes <= 8 * self.lanes:
+            raise ConfigError(
+                f"post_lanes must be in lanes/8..lanes, with lanes={self.lanes} in {max(1, self.lanes // 8)}.."
+                f"{self.lanes}, not {self.post_lanes}"
+            )
         if self.act_depth // self.act_banks < 16:
             raise ConfigError(
                 f"act_depth={self.act_depth} leaves fewer than 16 words in each of {self.act_banks} banks"

@@ -1,0 +1,846 @@
+"""The post unit: drains accumulators through requantization lanes, adds stored tensors, pools."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from amaranth import Cat, Const, Module, Mux, Signal, Value, signed, unsigned
+from amaranth.lib import data, wiring
+from amaranth.lib.memory import Memory
+from amaranth.lib.wiring import In, Out
+from amaranth.utils import ceil_log2
+
+from nibblecore.arch import numerics
+from nibblecore.arch.config import PARAM_BITS, ArchConfig
+from nibblecore.arch.isa import INSTRUCTIONS, LOCAL_ADDR_BITS, Instruction, Opcode, OutputMode
+from nibblecore.arch.numerics import ADD_FACTOR_BITS, ADD_SHIFT_MAX, BIAS_BITS
+
+from ..layouts import (
+    ACC_READ_LATENCY,
+    READ_LATENCY,
+    acc_read_port,
+    command_signature,
+    instruction_layout,
+    param_layout,
+    read_port,
+    write_port,
+)
+from .loopnest import Loop, LoopNest, assign_job, loops_of
+from .requantize import CODE_BITS, RequantLane, ResidualLane, delayed
+
+__all__ = ["PostUnit", "RecordStore", "WordFifo"]
+
+RAW_WORDS = 8
+"""Words of one brick of 32-bit sums."""
+
+Write = tuple[int, int, int]
+"""Address, word and mask of a buffer write."""
+
+
+class RecordStore(wiring.Component):
+    """Loads the requantization records of a column tile from the weight buffer, and gives them out group by group.
+
+    Loading takes ``param_words + READ_LATENCY + 1`` cycles from ``start`` to ``loaded``, plus the cycles in which the
+    buffer does not grant. ``records`` belongs to the ``group`` of :attr:`LATENCY` cycles before. Records stay until the
+    next ``start``.
+
+    Parameters
+    ----------
+    arch : ArchConfig
+        ``lanes``, ``columns``, ``post_lanes`` and ``weight_depth`` count.
+
+    Members
+    -------
+    start : In(1)
+        Load from ``addr``; ignored while loading.
+    addr : In
+        First word, looked at with ``start``.
+    params : Out(read_port(...))
+        To the weight buffer.
+    loaded : Out(1)
+        High from the end of loading to the next ``start``.
+    group : In(range(columns // post_lanes))
+        Column group, columns ``group*post_lanes`` onwards.
+    records : Out(ArrayLayout(param_layout(), post_lanes))
+        Their records; ``spare`` is 0.
+    """
+
+    LATENCY = 1
+
+    start: Signal
+    addr: Signal
+    params: Any
+    loaded: Signal
+    group: Signal
+    records: data.View
+
+    def __init__(self, arch: ArchConfig) -> None:
+        self._arch = arch
+        addr_bits = ceil_log2(arch.weight_depth)
+        super().__init__(
+            {
+                "start": In(1),
+                "addr": In(addr_bits),
+                "params": Out(read_port(addr_bits=addr_bits, word_bits=arch.word_bits)),
+                "loaded": Out(1),
+                "group": In(ceil_log2(arch.columns // arch.post_lanes)),
+                "records": Out(data.ArrayLayout(param_layout(), arch.post_lanes)),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        arch, lanes = self._arch, self._arch.post_lanes
+        used = PARAM_BITS - len(self.records[0].spare)
+        word_bits, words = arch.word_bits, arch.param_words
+        per_word = max(1, word_bits // PARAM_BITS)
+        # ArchConfig's limits of post_lanes: the records of one word belong to different lanes, one group.
+        assert per_word <= lanes
+        assert words * word_bits == arch.columns * PARAM_BITS
+
+        requesting = Signal()
+        left = Signal(range(words))
+        addr = Signal.like(self.addr)
+        granted = Signal()
+        m.d.comb += [
+            self.params.valid.eq(requesting),
+            self.params.addr.eq(addr),
+            granted.eq(requesting & self.params.ready),
+        ]
+        with m.If(granted):
+            m.d.sync += [addr.eq(addr + 1), left.eq(left - 1), requesting.eq(left != 0)]
+        arrives = granted
+        for i in range(READ_LATENCY):
+            stage = Signal(name=f"arrives_{i + 1}")
+            m.d.sync += stage.eq(arrives)
+            arrives = stage
+
+        # Counts arriving words; from its low bits upwards: part of a record, lane (or lanes), group.
+        count = Signal(range(words))
+        chunk_bits = ceil_log2(max(1, PARAM_BITS // word_bits))
+        slot_bits = ceil_log2(lanes // per_word)
+        chunk, slot, group = (
+            count[:chunk_bits],
+            count[chunk_bits : chunk_bits + slot_bits],
+            count[chunk_bits + slot_bits :],
+        )
+        with m.If(arrives):
+            m.d.sync += [count.eq(count + 1), self.loaded.eq(count == words - 1)]
+        with m.If(self.start & ~requesting):
+            m.d.sync += [requesting.eq(1), left.eq(words - 1), addr.eq(self.addr), count.eq(0), self.loaded.eq(0)]
+
+        word: Value = self.params.data
+        if word_bits < PARAM_BITS:
+            earlier = Signal(PARAM_BITS - word_bits, reset_less=True)
+            word = Cat(earlier, word)
+            with m.If(arrives):
+                m.d.sync += earlier.eq(word[word_bits:])
+        complete = arrives & (chunk == (1 << chunk_bits) - 1)
+        for lane in range(lanes):
+            memory = Memory(shape=unsigned(used), depth=max(2, arch.columns // lanes), init=[])
+            m.submodules[f"records_{lane}"] = memory
+            read, write = memory.read_port(), memory.write_port()
+            first = lane % per_word * PARAM_BITS
+            m.d.comb += [
+                write.addr.eq(group),
+                write.data.eq(word[first : first + used]),
+                write.en.eq(complete & (slot == lane // per_word)),
+                read.addr.eq(self.group),
+                self.records[lane].as_value().eq(read.data),
+            ]
+        return m
+
+
+class WordFifo(wiring.Component):
+    """First-in first-out memory of words with a register behind it. Whoever pushes knows how many words are in it.
+
+    A word is on ``o_data`` 2 cycles behind its ``i_en`` at the earliest. One word per cycle in, one out.
+
+    Parameters
+    ----------
+    word_bits : int
+        Width.
+    depth : int
+        Words in the memory, without the one in the register; a power of two, at least 2.
+
+    Members
+    -------
+    i_en : In(1)
+        Push ``i_data``. There must be room.
+    i_data : In(word_bits)
+        A word.
+    o_valid, o_ready, o_data
+        The oldest word, as in a stream.
+    freed_stb : Out(1)
+        A place in the memory has become free: one pulse per word.
+    """
+
+    i_en: Signal
+    i_data: Signal
+    o_valid: Signal
+    o_ready: Signal
+    o_data: Signal
+    freed_stb: Signal
+
+    def __init__(self, *, word_bits: int, depth: int) -> None:
+        if depth < 2 or depth & (depth - 1):
+            raise ValueError(f"depth must be a power of two of at least 2, not {depth!r}")
+        self._word_bits, self._depth = word_bits, depth
+        super().__init__(
+            {
+                "i_en": In(1),
+                "i_data": In(word_bits),
+                "o_valid": Out(1),
+                "o_ready": In(1),
+                "o_data": Out(word_bits),
+                "freed_stb": Out(1),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        m.submodules.words = memory = Memory(shape=unsigned(self._word_bits), depth=self._depth, init=[])
+        read, write = memory.read_port(), memory.write_port()
+        head, tail = Signal(range(self._depth)), Signal(range(self._depth))
+        level = Signal(range(self._depth + 1))
+        fetch = Signal()
+        m.d.comb += [
+            write.addr.eq(head),
+            write.data.eq(self.i_data),
+            write.en.eq(self.i_en),
+            read.addr.eq(tail),
+            read.en.eq(fetch),
+            fetch.eq((level != 0) & (~self.o_valid | self.o_ready)),
+            self.o_data.eq(read.data),
+            self.freed_stb.eq(fetch),
+        ]
+        m.d.sync += [
+            head.eq(head + self.i_en),
+            tail.eq(tail + fetch),
+            level.eq(level + self.i_en - fetch),
+            self.o_valid.eq(fetch | (self.o_valid & ~self.o_ready)),
+        ]
+        return m
+
+
+class PostUnit(wiring.Component):
+    """Executes POST and POOL (:mod:`nibblecore.arch.isa`) with ``post_lanes`` requantization lanes.
+
+    One instruction at a time. With ``steps = min(lanes, columns) // post_lanes``, a POST takes per pixel and brick
+
+    - INT4, INT8: ``steps`` cycles, but at least one per word written (1, 2) and per word read by ``add`` (1, 2);
+    - RAW32: one cycle per word written, ``8 * min(lanes, columns) // lanes`` of them.
+
+    A POOL takes one cycle per word of every tap, inside the map or not. Before that and after it, counted from the
+    first cycle with ``command.valid`` (when the unit is idle) to the one with ``done_stb``, a POST takes
+    ``param_words + 23`` cycles (INT8 with more than one step: 24, RAW32: 9), a POOL 9; :meth:`cycles` has the sum. The
+    next command may be there with ``done_stb`` and then starts in that cycle. ``command.ready`` comes in the third
+    cycle of ``command.valid``: the transfer is not what starts the address generators, but what lets go of the payload.
+
+    All of this without stalls. Reads and writes may be refused in any cycle: up to 16 bricks of the stored operand are
+    read ahead, and finished words wait in a memory of 16 or 32, so that refusals cost time only where they leave less
+    than what is needed; never more than one cycle each.
+
+    Programs guarantee: ``bricks`` and ``part`` are below what a tile has, ``low <= high``, ``add_low <= add_high``,
+    every used record has a shift of 1..47 and a bias that keeps ``acc + bias`` within 32 bits (except for RAW32, which
+    wraps). Nothing hangs otherwise.
+
+    Parameters
+    ----------
+    arch : ArchConfig
+        The core.
+
+    Members
+    -------
+    command : In(command_signature())
+        POST and POOL, decoded as legal.
+    done_stb : Out(1)
+        The instruction's last write was granted in the cycle before.
+    busy : Out(1)
+        From the cycle after a command's transfer to that before its ``done_stb``.
+    bank_stall : Out(1)
+        A read or write of the activation buffer was refused in the cycle before.
+    params : Out(read_port(...))
+        Weight buffer.
+    act_read : Out(read_port(...))
+        Activation buffer.
+    act_write : Out(write_port(...))
+        Activation buffer; ``parts_per_brick`` parts per word.
+    acc_read : Out(acc_read_port(arch))
+        Accumulators.
+    """
+
+    command: Any
+    done_stb: Signal
+    busy: Signal
+    bank_stall: Signal
+    params: Any
+    act_read: Any
+    act_write: Any
+    acc_read: Any
+
+    READ_AHEAD = 16
+    """Bricks of the stored operand that are read before they are needed."""
+
+    def __init__(self, arch: ArchConfig) -> None:
+        self._arch = arch
+        act_addr_bits = ceil_log2(arch.act_depth)
+        super().__init__(
+            {
+                "command": In(command_signature()),
+                "done_stb": Out(1),
+                "busy": Out(1),
+                "bank_stall": Out(1),
+                "params": Out(read_port(addr_bits=ceil_log2(arch.weight_depth), word_bits=arch.word_bits)),
+                "act_read": Out(read_port(addr_bits=act_addr_bits, word_bits=arch.word_bits)),
+                "act_write": Out(
+                    write_port(addr_bits=act_addr_bits, word_bits=arch.word_bits, parts=arch.parts_per_brick)
+                ),
+                "acc_read": Out(acc_read_port(arch)),
+            }
+        )
+
+    # Steps: the nests
+    # ----------------
+    # `reads` walks the words that are read: taps of POOL, bricks of the operand of POST. For a POST without operand it
+    # walks all the same and reads nothing, as every brick it has passed is a token that lets the accumulators of one
+    # brick be read; so no other counter has to know how many pixels there are. `writes` walks the words that are
+    # written; its last one ends the instruction.
+    #
+    # Timing of POST, T being the cycle of an accumulator read:
+    #   T + ACC_READ_LATENCY   accumulators and records enter the lanes
+    #   T + _SUM               acc + bias: words of RAW32 are pushed into the output memory
+    #   T + _CODE              8-bit codes, beside which the operand's word has just been read
+    #   T + _FINAL             codes behind the addition; the packing registers take high nibbles, then low ones
+    #   T + _FINAL + 1         a full word of high nibbles (or 4-bit codes) is pushed, a cycle later one of low nibbles
+    _SUM = ACC_READ_LATENCY + RequantLane.SUM_LATENCY
+    _CODE = ACC_READ_LATENCY + RequantLane.LATENCY
+    _FINAL = _CODE + ResidualLane.LATENCY
+
+    @staticmethod
+    def _write_loops() -> tuple[Loop, ...]:
+        fields = {f.name: f for f in INSTRUCTIONS[Opcode.POOL].fields}
+
+        def loop(name: str, count: str, step: str) -> Loop:
+            return Loop(
+                name=name, count_bits=fields[count].bits, step_bits=fields[step].bits, step_signed=fields[step].signed
+            )
+
+        return (
+            Loop(name="word", count_bits=ceil_log2(RAW_WORDS), step_bits=1),
+            loop("brick", "bricks", "brick_step"),
+            loop("ox", "cols", "out_ox_step"),
+            loop("oy", "rows", "out_oy_step"),
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        arch = self._arch
+        lanes, post_lanes, word_bits = arch.lanes, arch.post_lanes, arch.word_bits
+        brick_columns = min(lanes, arch.columns)
+        steps = brick_columns // post_lanes
+        raw_words = RAW_WORDS * post_lanes // lanes  # per step
+        partial = arch.parts_per_brick > 1
+
+        # --- the command ------------------------------------------------------------------------------------------
+
+        post = instruction_layout(Opcode.POST)(self.command.payload)
+        pool = instruction_layout(Opcode.POOL)(self.command.payload)
+        to_post = Signal()
+        idle = Signal(init=1)
+        opening = Signal()
+        opened = Signal()
+        transfer = Signal()
+        m.d.comb += [
+            to_post.eq(post.opcode == int(Opcode.POST)),
+            opening.eq(idle & self.command.valid),
+            transfer.eq(self.command.valid & self.command.ready),
+        ]
+        m.d.sync += opened.eq(opening & ~transfer)
+        with m.If(transfer):
+            m.d.sync += [idle.eq(0), self.busy.eq(1)]
+
+        code, factor = signed(CODE_BITS), signed(ADD_FACTOR_BITS)
+        is_pool, raw, wide, add = (Signal(name=n, reset_less=True) for n in ("is_pool", "raw", "wide", "add"))
+        zero, low, high = (Signal(code, name=n, reset_less=True) for n in ("zero", "low", "high"))
+        zero_b, add_zero, add_low, add_high = (
+            Signal(code, name=n, reset_less=True) for n in ("zero_b", "add_zero", "add_low", "add_high")
+        )
+        k_a, k_b = (Signal(factor, name=n, reset_less=True) for n in ("k_a", "k_b"))
+        add_shift = Signal(range(ADD_SHIFT_MAX + 1), reset_less=True)
+        add_wide = Signal(reset_less=True)
+        acc_bank = Signal(reset_less=True)
+        part = Signal(range(arch.parts_per_brick), reset_less=True)
+        last_brick = Signal(range(arch.bricks_per_tile), reset_less=True)
+        with m.If(opening):
+            m.d.sync += [
+                is_pool.eq(~to_post),
+                raw.eq(to_post & (post.mode == OutputMode.RAW32)),
+                wide.eq(Mux(to_post, post.mode == OutputMode.INT8, pool.wide)),
+                add.eq(post.add),
+                add_wide.eq(post.add_wide),
+                acc_bank.eq(post.acc_bank),
+                part.eq(post.part),
+                last_brick.eq(post.bricks),
+                zero.eq(post.zero),
+                low.eq(post.low),
+                high.eq(post.high),
+                zero_b.eq(post.zero_b),
+            ]
+            # Without an operand the residual lanes pass the codes on.
+            with m.If(post.add):
+                m.d.sync += [
+                    k_a.eq(post.k_a),
+                    k_b.eq(post.k_b),
+                    add_shift.eq(post.add_shift + 1),
+                    add_zero.eq(post.add_zero),
+                    add_low.eq(post.add_low),
+                    add_high.eq(post.add_high),
+                ]
+            with m.Else():
+                m.d.sync += [
+                    k_a.eq(2),
+                    k_b.eq(0),
+                    add_shift.eq(1),
+                    add_zero.eq(post.zero),
+                    add_low.eq(post.low),
+                    add_high.eq(post.high),
+                ]
+
+        # --- what is read and written -----------------------------------------------------------------------------
+
+        pool_loops = loops_of(Opcode.POOL, ("kx", "ky", "brick", "ox", "oy"))
+        read_loops = (Loop(name="plane", count_bits=1, step_bits=1), *pool_loops)
+        m.submodules.reads = reads = LoopNest(loops=read_loops)
+        m.submodules.writes = writes = LoopNest(loops=self._write_loops())
+        # Both nests are idle whenever a job comes, so they let go of it in the same cycle.
+        m.d.comb += [
+            reads.job.valid.eq(opening),
+            writes.job.valid.eq(opening),
+            self.command.ready.eq(idle & reads.job.ready),
+        ]
+        read_job, write_job = reads.job.payload, writes.job.payload
+        m.d.comb += [
+            *assign_job(read_job, pool, pool_loops, base=pool.in_addr),
+            read_job.step_plane.eq(1),
+            read_job.count_plane.eq(pool.wide),
+            write_job.base.eq(pool.out_addr),
+            write_job.step_word.eq(1),
+            write_job.count_word.eq(pool.wide),
+            write_job.count_brick.eq(pool.bricks),
+            write_job.step_brick.eq(pool.brick_step),
+            write_job.count_ox.eq(pool.cols),
+            write_job.step_ox.eq(pool.out_ox_step),
+            write_job.count_oy.eq(pool.rows),
+            write_job.step_oy.eq(pool.out_oy_step),
+        ]
+        with m.If(to_post):
+            two_planes = post.add & post.add_wide
+            m.d.comb += [
+                read_job.base.eq(post.add_addr),
+                read_job.count_plane.eq(two_planes),
+                read_job.count_kx.eq(0),
+                read_job.count_ky.eq(0),
+                read_job.count_brick.eq(0 if partial else post.bricks),
+                read_job.step_brick.eq(Mux(two_planes, 2, 1)),
+                read_job.count_ox.eq(post.cols),
+                read_job.step_ox.eq(post.add_ox_step),
+                read_job.count_oy.eq(post.rows),
+                read_job.step_oy.eq(post.add_oy_step),
+                write_job.base.eq(post.out_addr),
+                write_job.count_brick.eq(0 if partial else post.bricks),
+                write_job.count_ox.eq(post.cols),
+                write_job.step_ox.eq(post.out_ox_step),
+                write_job.count_oy.eq(post.rows),
+                write_job.step_oy.eq(post.out_oy_step),
+            ]
+            with m.Switch(post.mode):
+                with m.Case(OutputMode.INT4):
+                    m.d.comb += [write_job.count_word.eq(0), write_job.step_brick.eq(1)]
+                with m.Case(OutputMode.INT8):
+                    m.d.comb += [write_job.count_word.eq(1), write_job.step_brick.eq(2)]
+                with m.Default():
+                    words = RAW_WORDS * brick_columns // lanes
+                    m.d.comb += [write_job.count_word.eq(words - 1), write_job.step_brick.eq(words)]
+                    if partial:
+                        m.d.comb += write_job.base.eq(post.out_addr + (post.part << ceil_log2(words)))
+
+        # --- records ----------------------------------------------------------------------------------------------
+
+        m.submodules.store = store = RecordStore(arch)
+        wiring.connect(m, store.params, wiring.flipped(self.params))
+        m.d.comb += [store.start.eq(opening & ~opened & to_post), store.addr.eq(post.p_addr)]
+
+        # --- words read -------------------------------------------------------------------------------------------
+
+        # Places in the output memory that no word on its way has reserved. A word of POOL reserves one with its last
+        # tap, a brick with its first step, a word of RAW32 with its own.
+        depth = 32 if steps < 4 else 16
+        m.submodules.fifo = fifo = WordFifo(word_bits=word_bits, depth=depth)
+        places = Signal(range(depth + 1), init=depth)
+        reserve = Signal(2)
+        room = Signal()
+        m.d.sync += places.eq(places - reserve + fifo.freed_stb)
+        m.d.comb += room.eq(places[1:].any())  # at least 2
+
+        ahead = Signal(range(self.READ_AHEAD + 1))  # bricks read or being read, and not used up
+        step = reads.o.payload
+        allowed, fetches, passed = Signal(), Signal(), Signal()
+        m.d.comb += [
+            allowed.eq(Mux(is_pool, room, ahead != self.READ_AHEAD)),
+            fetches.eq(Mux(is_pool, step.inside, add)),
+            self.act_read.addr.eq(step.addr),
+            self.act_read.valid.eq(reads.o.valid & allowed & fetches),
+            reads.o.ready.eq(allowed & (self.act_read.ready | ~fetches)),
+            passed.eq(reads.o.valid & reads.o.ready),
+        ]
+
+        def arriving(value: Value, name: str) -> Value:
+            """``value`` of a passing step, in the cycle in which its word arrives."""
+            for i in range(READ_LATENCY):
+                stage = Signal(name=f"{name}_{i + 1}")
+                m.d.sync += stage.eq(value)
+                value = stage
+            return value
+
+        # --- the stored operand -----------------------------------------------------------------------------------
+
+        # High and low words have a memory each, as a step needs both; 4-bit codes are low words.
+        operand_head, operand_tail = Signal(range(self.READ_AHEAD)), Signal(range(self.READ_AHEAD))
+        operand_words = []
+        is_operand = passed & ~is_pool
+        operand_high_arrives = arriving(is_operand & step.first.plane, "operand_high_arrives")
+        operand_low_arrives = arriving(is_operand & step.last.plane, "operand_low_arrives")
+        for name, arrives in (("operand_high", operand_high_arrives), ("operand_low", operand_low_arrives)):
+            memory = Memory(shape=unsigned(word_bits), depth=self.READ_AHEAD, init=[])
+            m.submodules[name] = memory
+            write, read = memory.write_port(), memory.read_port()
+            m.d.comb += [
+                write.addr.eq(operand_head),
+                write.data.eq(self.act_read.data),
+                write.en.eq(arrives),
+                read.addr.eq(operand_tail),
+            ]
+            operand_words.append(read.data)
+        m.d.sync += operand_head.eq(operand_head + operand_low_arrives)
+
+        # --- accumulators are read --------------------------------------------------------------------------------
+
+        tokens = Signal(range(self.READ_AHEAD + 1))
+        pixel = Signal(ceil_log2(arch.acc_depth), reset_less=True)
+        brick = Signal(range(arch.bricks_per_tile))
+        step_in_brick = Signal(range(steps))
+        # Cycles of one step: each word of RAW32 is a read of its own, and two words need two cycles.
+        subs = max(raw_words, 2 if steps == 1 else 1)
+        sub, last_sub = Signal(range(subs)), Signal(range(subs))
+        m.d.comb += last_sub.eq(Mux(raw, raw_words - 1, Mux(wide, 1, 0) if steps == 1 else 0))
+        brick_begins, go, enters, ends_step, ends_brick = (
+            Signal(name=n) for n in ("brick_begins", "go", "enters", "ends_step", "ends_brick")
+        )
+        new_token = passed & ~is_pool & step.last.plane
+        m.d.comb += [
+            brick_begins.eq((step_in_brick == 0) & (sub == 0)),
+            go.eq(store.loaded & ((tokens != 0) | ~brick_begins) & (room | ~(brick_begins | raw))),
+            enters.eq(go & (raw | (sub == 0))),
+            ends_step.eq(go & (sub == last_sub)),
+            ends_brick.eq(ends_step & (step_in_brick == steps - 1)),
+            self.acc_read.bank.eq(acc_bank),
+            self.acc_read.addr.eq(pixel),
+            self.acc_read.group.eq(Cat(step_in_brick, brick)),
+            self.acc_read.en.eq(enters),
+        ]
+        m.d.sync += tokens.eq(tokens + new_token - (go & brick_begins))
+        with m.If(go):
+            m.d.sync += sub.eq(Mux(ends_step, 0, sub + 1))
+        with m.If(ends_step):
+            m.d.sync += step_in_brick.eq(step_in_brick + 1)
+        with m.If(ends_brick):
+            m.d.sync += brick.eq(brick + 1)
+            with m.If(brick == last_brick):
+                m.d.sync += [brick.eq(0), pixel.eq(pixel + 1)]
+        with m.If(opening):
+            m.d.sync += [pixel.eq(0), brick.eq(0)]
+        with m.If(is_pool):
+            m.d.comb += reserve.eq(passed & step.last.kx & step.last.ky)
+        with m.Elif(raw):
+            m.d.comb += reserve.eq(go)
+        with m.Elif(go & brick_begins):
+            m.d.comb += reserve.eq(Mux(wide, 2, 1))
+
+        # What travels along with the accumulators; only whether there is anything needs a reset.
+        valid: list[Value] = [enters]
+        final: list[Value] = [enters & (step_in_brick == steps - 1) & (sub == Mux(raw, last_sub, 0))]
+        for i in range(1, self._FINAL + 3):
+            for line, name in ((valid, "valid"), (final, "final")):
+                stage = Signal(name=f"{name}_{i}")
+                # Sums have no business behind there: the next instruction may have begun.
+                m.d.sync += stage.eq(line[-1] & ~raw if line is valid and i == self._SUM + 1 else line[-1])
+                line.append(stage)
+
+        # --- lanes ------------------------------------------------------------------------------------------------
+
+        m.d.comb += store.group.eq(
+            delayed(m, self.acc_read.group, ACC_READ_LATENCY - store.LATENCY, "group")
+            if len(self.acc_read.group)
+            else 0
+        )
+        operand_step = delayed(m, step_in_brick, self._CODE, "operand_step") if steps > 1 else Const(0, 1)
+        # The memories' words come a cycle behind their address: it moves on with the last step before.
+        m.d.sync += operand_tail.eq(operand_tail + final[self._CODE - 1])
+        m.d.sync += ahead.eq(ahead + new_token - final[self._CODE - 1])
+        if partial:
+            # Which group of the brick a step of this part is.
+            operand_step = Cat(operand_step[: ceil_log2(steps)], part)
+        operand_high, operand_low = (word.word_select(operand_step, 4 * post_lanes) for word in operand_words)
+
+        nibbles_high: list[Value] = []
+        nibbles_low: list[Value] = []
+        sums = []
+        for i in range(post_lanes):
+            m.submodules[f"requant_{i}"] = requant = RequantLane(acc_bits=arch.acc_bits)
+            m.submodules[f"residual_{i}"] = residual = ResidualLane()
+            record = store.records[i]
+            b_high, b_low = operand_high.word_select(i, 4), operand_low.word_select(i, 4)
+            # 16*high + low + 8, or low alone
+            joined = Cat(b_low[:3], b_low[3] ^ add_wide, Mux(add_wide, b_high, b_low[3].replicate(4)))
+            m.d.comb += [
+                requant.acc.eq(self.acc_read.data[i]),
+                requant.bias.eq(record.bias),
+                requant.mult.eq(record.mult),
+                requant.shift.eq(record.shift),
+                requant.zero.eq(zero),
+                requant.low.eq(low),
+                requant.high.eq(high),
+                residual.a.eq(requant.code),
+                residual.b.eq(joined.as_signed()),
+                residual.zero_a.eq(zero),
+                residual.zero_b.eq(zero_b),
+                residual.k_a.eq(k_a),
+                residual.k_b.eq(k_b),
+                residual.n.eq(add_shift),
+                residual.zero.eq(add_zero),
+                residual.low.eq(add_low),
+                residual.high.eq(add_high),
+            ]
+            sums.append(requant.sum)
+            # numerics.split_code8; a 4-bit code goes where high nibbles go
+            nibbles_high.append(Mux(wide, residual.code[4:], residual.code[:4]))
+            nibbles_low.append(delayed(m, Cat(residual.code[:3], ~residual.code[3]), 1, f"low_{i}"))
+
+        # --- packing, and the maximum of POOL ---------------------------------------------------------------------
+
+        # One register per plane: POST shifts codes in, the parts of a brick alike; POOL keeps the largest code.
+        is_tap = passed & is_pool
+        tap_arrives = arriving(is_tap, "tap_arrives")
+        tap_inside = arriving(step.inside, "tap_inside")
+        tap_first = arriving(step.first.kx & step.first.ky, "tap_first")
+        tap_plane = arriving(~step.first.plane, "tap_plane")
+        tap_last = arriving(is_tap & step.last.kx & step.last.ky, "tap_last")
+        pack = [Signal(word_bits, name=f"pack_{name}", reset_less=True) for name in ("high", "low")]
+        takes = [Signal(lanes, name=f"takes_{name}") for name in ("high", "low")]
+        word = self.act_read.data
+        for lane in range(lanes):
+            nibble = word.word_select(lane, 4).as_signed()
+            other = Mux(tap_plane, pack[1].word_select(lane, 4), pack[0].word_select(lane, 4)).as_signed()
+            greater, equal = Signal(name=f"greater_{lane}"), Signal(name=f"equal_{lane}")
+            # What the high nibbles have said about the code whose low nibble arrives now.
+            better, same = (Signal(name=f"{n}_{lane}", reset_less=True) for n in ("better", "same"))
+            m.d.comb += [
+                greater.eq(nibble > other),
+                equal.eq(nibble == other),
+                takes[0][lane].eq(tap_arrives & tap_inside & ~tap_plane & (tap_first | greater)),
+                takes[1][lane].eq(tap_arrives & tap_inside & tap_plane & (tap_first | better | (same & greater))),
+            ]
+            with m.If(tap_arrives & ~tap_plane):
+                m.d.sync += [better.eq(tap_inside & greater), same.eq(tap_inside & equal)]
+        nothing_yet = tap_arrives & tap_first & ~tap_inside
+        for plane, incoming in enumerate((nibbles_high, nibbles_low)):
+            shifts = valid[self._FINAL + plane]
+            clears = nothing_yet & (tap_plane if plane else ~tap_plane)
+            for lane in range(lanes):
+                place = lane % brick_columns - (brick_columns - post_lanes)
+                shifted = incoming[place] if place >= 0 else pack[plane].word_select(lane + post_lanes, 4)
+                target = pack[plane].word_select(lane, 4)
+                with m.If(clears):
+                    m.d.sync += target.eq(0b1000)
+                with m.Elif(takes[plane][lane] | shifts):
+                    m.d.sync += target.eq(Mux(is_pool, word.word_select(lane, 4), shifted))
+
+        # --- words written ----------------------------------------------------------------------------------------
+
+        tap_last_1, tap_plane_1 = Signal(), Signal(reset_less=True)
+        m.d.sync += [tap_last_1.eq(tap_last), tap_plane_1.eq(tap_plane)]
+        first = final[self._FINAL + 1] & valid[self._FINAL + 1]
+        second = final[self._FINAL + 2] & valid[self._FINAL + 2] & wide
+        raw_index = delayed(m, sub, self._SUM, "raw_index") if raw_words > 1 else Const(0, 1)
+        m.d.comb += [
+            fifo.i_data.eq(Mux(Mux(is_pool, tap_plane_1, second), pack[1], pack[0])),
+            fifo.i_en.eq(Mux(is_pool, tap_last_1, first | second)),
+        ]
+        with m.If(raw):
+            m.d.comb += [fifo.i_data.eq(Cat(sums).word_select(raw_index, word_bits)), fifo.i_en.eq(valid[self._SUM])]
+
+        place = writes.o.payload
+        granted = Signal()
+        m.d.comb += [
+            self.act_write.addr.eq(place.addr),
+            self.act_write.data.eq(fifo.o_data),
+            self.act_write.mask.eq(Mux(is_pool | raw, (1 << arch.parts_per_brick) - 1, 1 << part) if partial else 1),
+            self.act_write.valid.eq(fifo.o_valid & writes.o.valid),
+            granted.eq(self.act_write.valid & self.act_write.ready),
+            fifo.o_ready.eq(granted),
+            writes.o.ready.eq(granted),
+        ]
+        ends = granted & place.last.as_value().all()
+        m.d.sync += [
+            self.done_stb.eq(ends),
+            self.bank_stall.eq(
+                (self.act_read.valid & ~self.act_read.ready) | (self.act_write.valid & ~self.act_write.ready)
+            ),
+        ]
+        with m.If(ends):
+            m.d.sync += [idle.eq(1), self.busy.eq(0)]
+        return m
+
+    # --- what it does, in Python ------------------------------------------------------------------------------------
+
+    @classmethod
+    def cycles(cls, arch: ArchConfig, instruction: Instruction) -> int:
+        """Cycles from the first with ``command.valid``, the unit being idle, to ``done_stb``, if nothing is refused."""
+        i, pixels = instruction, instruction["rows"] * instruction["cols"]
+        if i.opcode is Opcode.POOL:
+            return pixels * i["bricks"] * i["kernel_y"] * i["kernel_x"] * (1 + i["wide"]) + 9
+        bricks = 1 if arch.parts_per_brick > 1 else i["bricks"]
+        columns = min(arch.lanes, arch.columns)
+        steps = columns // arch.post_lanes
+        start = arch.param_words + 3
+        if i["mode"] == OutputMode.RAW32:
+            return start + pixels * bricks * RAW_WORDS * columns // arch.lanes - 1 + cls._SUM + 3
+        words_in, words_out = i["add"] * (1 + i["add_wide"]), 1 + (i["mode"] == OutputMode.INT8)
+        first = max(start, 5 + (words_in == 2))
+        last = first + pixels * bricks * max(steps, words_out) - 1
+        # Only where a brick is a single step it waits for its two operand words, first or when it has read far ahead.
+        if words_in > max(steps, words_out):
+            last = max(last, 4 + 2 * pixels * bricks)
+            if pixels * bricks > cls.READ_AHEAD:
+                last = max(last, first + cls._CODE + 2 * (pixels * bricks - cls.READ_AHEAD))
+        return last + cls._FINAL + 4 + (words_out == 2 and steps > 1)
+
+    @classmethod
+    def model(
+        cls,
+        arch: ArchConfig,
+        instruction: Instruction,
+        *,
+        act: Sequence[int],
+        weights: Sequence[int],
+        acc: Sequence[Sequence[Sequence[int]]],
+    ) -> list[Write]:
+        """Every write of one instruction, in order: address, word, mask. Parts outside the mask are 0.
+
+        Parameters
+        ----------
+        act, weights : sequence of int
+            The buffers' words, as unsigned integers, as they are before the instruction.
+        acc : sequence
+            Accumulators ``[bank][pixel][column]``.
+        """
+        return list(
+            (cls._pool if instruction.opcode is Opcode.POOL else cls._post)(arch, instruction, act, weights, acc)
+        )
+
+    @staticmethod
+    def _nibbles(arch: ArchConfig, buffer: Sequence[int], addr: int) -> list[int]:
+        word = buffer[addr % (1 << LOCAL_ADDR_BITS) % arch.act_depth]
+        return [numerics.wrap(word >> 4 * lane, 4) for lane in range(arch.lanes)]
+
+    @staticmethod
+    def _write(arch: ArchConfig, addr: int, values: Sequence[int], bits: int, part: int | None = None) -> Write:
+        word = sum((v & (1 << bits) - 1) << bits * n for n, v in enumerate(values))
+        addr = addr % (1 << LOCAL_ADDR_BITS) % arch.act_depth
+        if part is None:
+            return addr, word, (1 << arch.parts_per_brick) - 1
+        return addr, word << part * bits * len(values), 1 << part
+
+    @classmethod
+    def _pool(cls, arch: ArchConfig, i: Instruction, act: Sequence[int], *_: object) -> Iterator[Write]:
+        wide = i["wide"]
+        for oy in range(i["rows"]):
+            for ox in range(i["cols"]):
+                for brick in range(i["bricks"]):
+                    best = [numerics.code_range(8 if wide else 4)[0]] * arch.lanes
+                    for ky in range(i["kernel_y"]):
+                        for kx in range(i["kernel_x"]):
+                            y = i["y0"] + oy * i["stride_y"] + ky * i["dilation_y"]
+                            x = i["x0"] + ox * i["stride_x"] + kx * i["dilation_x"]
+                            if not (0 <= y < i["height"] and 0 <= x < i["width"]):
+                                continue
+                            addr = i["in_addr"] + oy * i["oy_step"] + ox * i["ox_step"] + brick * i["brick_step"]
+                            addr += ky * i["ky_step"] + kx * i["kx_step"]
+                            codes = cls._nibbles(arch, act, addr)
+                            if wide:
+                                low = cls._nibbles(arch, act, addr + 1)
+                                codes = list(map(numerics.join_code8, codes, low))
+                            best = [max(b, c) for b, c in zip(best, codes, strict=True)]
+                    addr = i["out_addr"] + oy * i["out_oy_step"] + ox * i["out_ox_step"] + brick * i["brick_step"]
+                    planes = zip(*map(numerics.split_code8, best), strict=True) if wide else [best]
+                    for plane, nibbles in enumerate(planes):
+                        yield cls._write(arch, addr + plane, nibbles, 4)
+
+    @classmethod
+    def _post(
+        cls,
+        arch: ArchConfig,
+        i: Instruction,
+        act: Sequence[int],
+        weights: Sequence[int],
+        acc: Sequence[Sequence[Sequence[int]]],
+    ) -> Iterator[Write]:
+        partial = arch.parts_per_brick > 1
+        bricks, part = (1, i["part"]) if partial else (i["bricks"], None)
+        if bricks > arch.bricks_per_tile or (i["part"] >= arch.parts_per_brick and partial):
+            raise ValueError(
+                f"a column tile has {arch.bricks_per_tile} bricks and a brick {arch.parts_per_brick} parts; "
+                f"the instruction has bricks={i['bricks']} and part={i['part']}"
+            )
+        columns = min(arch.lanes, arch.columns)
+        raw = sum(weights[(i["p_addr"] + n) % arch.weight_depth] << n * arch.word_bits for n in range(arch.param_words))
+        records = [param_layout().from_bits(raw >> PARAM_BITS * c & (1 << PARAM_BITS) - 1) for c in range(arch.columns)]
+        for pixel in range(i["rows"] * i["cols"]):
+            oy, ox = divmod(pixel, i["cols"])
+            out = i["out_addr"] + oy * i["out_oy_step"] + ox * i["out_ox_step"]
+            operand = i["add_addr"] + oy * i["add_oy_step"] + ox * i["add_ox_step"]
+            for brick in range(bricks):
+                tile = [
+                    (acc[i["acc_bank"]][pixel][c], records[c]) for c in range(brick * columns, (brick + 1) * columns)
+                ]
+                if i["mode"] == OutputMode.RAW32:
+                    value = sum(
+                        (RequantLane.model_sum(a, r.bias) & 0xFFFFFFFF) << BIAS_BITS * n
+                        for n, (a, r) in enumerate(tile)
+                    )
+                    words = RAW_WORDS * columns // arch.lanes
+                    for n in range(words):
+                        word = value >> n * arch.word_bits & (1 << arch.word_bits) - 1
+                        yield cls._write(
+                            arch, out + (i["part"] if partial else brick) * words + n, [word], arch.word_bits
+                        )
+                    continue
+                codes = [RequantLane.model(a, r.bias, r.mult, r.shift, i["zero"], i["low"], i["high"]) for a, r in tile]
+                if i["add"]:
+                    first = cls._nibbles(arch, act, operand + brick * (1 + i["add_wide"]))
+                    if i["add_wide"]:
+                        second = cls._nibbles(arch, act, operand + 2 * brick + 1)
+                        first = list(map(numerics.join_code8, first, second))
+                    stored = first[i["part"] * columns if partial else 0 :][:columns]
+                    codes = [
+                        ResidualLane.model(
+                            a, b, zero_a=i["zero"], zero_b=i["zero_b"], k_a=i["k_a"], k_b=i["k_b"], n=i["add_shift"],
+                            zero=i["add_zero"], low=i["add_low"], high=i["add_high"],
+                        )
+                        for a, b in zip(codes, stored, strict=True)
+                    ]  # fmt: skip
+                if i["mode"] == OutputMode.INT8:
+                    for plane, nibbles in enumerate(zip(*map(numerics.split_code8, codes), strict=True)):
+                        yield cls._write(arch, out + 2 * brick + plane, nibbles, 4, part)
+                else:
+                    yield cls._write(arch, out + brick, codes, 4, part)
