@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import inspect
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, Final
@@ -552,7 +553,9 @@ class _Reader:
         # A batch of one would be taken for a constant.
         example = example[:1].expand(2, *example.shape[1:]).contiguous()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), warnings.catch_warnings():
+                # Of uneven "same" padding, which is what this module turns into four sides.
+                warnings.filterwarnings("ignore", message="Using padding='same' with even kernel")
                 return torch.export.export(self.model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
         except Exception as error:  # torch.export raises whatever the model raises, and a dozen classes of its own
             first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -784,10 +787,11 @@ def _is_plain(structure: Any) -> bool:
 class _Fused:
     """Operators in the making: lookup and replacement by name, and the names of fused operators."""
 
-    def __init__(self, outputs: list[str]) -> None:
+    def __init__(self) -> None:
         self.ops: dict[str, FloatOp] = {}
-        self.outputs = outputs
         self.aliases: dict[str, str] = {}
+        self.unrectified: set[str] = set()
+        """Tensors that something else than a ReLU reads."""
 
     def alias(self, name: str) -> str:
         while name in self.aliases:
@@ -797,7 +801,7 @@ class _Fused:
 
 def _fuse(ops: list[FloatOp], outputs: list[str], violations: list[str]) -> _Fused:
     """Fold batch norms into convolutions and ReLUs into whatever comes before them."""
-    fused = _Fused(outputs)
+    fused = _Fused()
     for kind, rule, fuse in (
         (_BatchNorm, rule_batch_norm_follows_convolution, _fuse_batch_norm),
         (_Relu, rule_relu_follows_producer, _fuse_relu),
@@ -805,6 +809,8 @@ def _fuse(ops: list[FloatOp], outputs: list[str], violations: list[str]) -> _Fus
         # Each round sees the names that the round before has left.
         ops = [dataclasses.replace(op, inputs=tuple(map(fused.alias, op.inputs))) for op in ops]
         reads = Counter([name for op in ops for name in op.inputs] + [fused.alias(name) for name in outputs])
+        fused.unrectified = {name for op in ops if not isinstance(op, _Relu) for name in op.inputs}
+        fused.unrectified |= {fused.alias(name) for name in outputs}
         fused.ops = {}
         for op in ops:
             if not isinstance(op, kind):
@@ -834,19 +840,26 @@ def _fuse_batch_norm(fused: _Fused, op: FloatOp, source: str, read: str, reads: 
     return None
 
 
-def _fuse_relu(fused: _Fused, op: FloatOp, source: str, read: str, reads: Counter[str]) -> str | None:
-    """Set ``relu`` on the producer of ``source``; what is in the way, as a sentence, or None."""
+def _fuse_relu(
+    fused: _Fused, op: FloatOp, source: str, read: str, reads: Counter[str], moving: bool = False
+) -> str | None:
+    """Set ``relu`` on the producer of ``source``; what is in the way, as a sentence, or None.
+
+    ``moving``: the ReLU stood behind a pool or a flattening, which is now the one that reads ``source``.
+    """
     producer = fused.ops.get(source)
     if producer is None:
         return "This one follows the input."
     if isinstance(producer, _Unsupported) or _is_rectified(fused, producer):
         return None
-    if reads[read] > 1:
+    if read in fused.unrectified and not moving:
         return f"The result of {producer.path} is read {reads[read]} times."
     if isinstance(producer, (FloatMaxPool, FloatFlatten)):
         # The largest of rectified values is the rectified largest: the ReLU moves up.
         behind = producer.inputs[0]
-        return _fuse_relu(fused, op, behind, behind, reads)
+        if reads[behind] > 1:
+            return f"The result of {behind} is read {reads[behind]} times."
+        return _fuse_relu(fused, op, behind, behind, reads, moving=True)
     fused.ops[source] = dataclasses.replace(producer, relu=True)
     return None
 

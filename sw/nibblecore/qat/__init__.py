@@ -9,6 +9,7 @@
 """
 
 from . import lsq  # registers its method
+from .checkpoint import checkpoint_facts, load_checkpoint, load_model, save_checkpoint
 from .config import Override, QConfig
 from .convert import convert
 from .methods import METHODS, ActQuantizer, Method, WeightQuantizer
@@ -23,8 +24,12 @@ __all__ = [
     "QuantModel",
     "WeightQuantizer",
     "calibrate",
+    "checkpoint_facts",
     "convert",
+    "load_checkpoint",
+    "load_model",
     "lsq",
     "parameter_groups",
     "prepare",
+    "save_checkpoint",
 ]

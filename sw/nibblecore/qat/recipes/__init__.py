@@ -1,0 +1,1 @@
+"""Data sets small enough to train on in a test, each with its fixed split."""
