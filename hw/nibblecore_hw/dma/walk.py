@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from amaranth import Cat, Const, Module, Mux, Signal
+from amaranth import Assert, Cat, Const, Module, Mux, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2
@@ -13,7 +13,16 @@ from nibblecore.arch.isa import INSTRUCTIONS, Opcode
 from ..layouts import regions_layout
 from .region import REGION_BITS, RegionCheck
 
-__all__ = ["BurstIssue", "BurstWalk", "WordWalk", "burst_layout", "burst_words", "dram_signature", "lane_bits"]
+__all__ = [
+    "BurstIssue",
+    "BurstWalk",
+    "WordWalk",
+    "burst_layout",
+    "burst_words",
+    "dram_signature",
+    "lane_bits",
+    "region_layout",
+]
 
 _FIELDS = {f.name: f for f in INSTRUCTIONS[Opcode.STORE].fields}
 _COUNTS = ("count0", "count1", "count2")
@@ -34,6 +43,11 @@ def lane_bits(arch: ArchConfig) -> int:
 def burst_layout(arch: ArchConfig) -> data.StructLayout:
     """A burst: byte address, words minus 1, whether it is the instruction's last."""
     return data.StructLayout({"addr": arch.addr_bits, "words_m1": max(1, ceil_log2(burst_words(arch))), "last": 1})
+
+
+def region_layout() -> data.StructLayout:
+    """Base and size of a region, in bytes."""
+    return data.StructLayout({"base": REGION_BITS, "size": REGION_BITS})
 
 
 def dram_signature() -> stream.Signature:
@@ -66,6 +80,8 @@ class BurstWalk(wiring.Component):
     bursts : Out(stream.Signature(burst_layout(arch)))
     refused : Out(1)
         The next burst would leave the region; stays until reset.
+    region : Out(region_layout())
+        The region of the instruction in progress, for proofs.
 
     Raises
     ------
@@ -77,6 +93,7 @@ class BurstWalk(wiring.Component):
     i: Any
     bursts: Any
     refused: Signal
+    region: Any
 
     def __init__(self, *, arch: ArchConfig) -> None:
         self.arch = arch
@@ -86,6 +103,7 @@ class BurstWalk(wiring.Component):
                 "i": In(dram_signature()),
                 "bursts": Out(stream.Signature(burst_layout(arch))),
                 "refused": Out(1),
+                "region": Out(region_layout()),
             }
         )
 
@@ -182,7 +200,17 @@ class BurstWalk(wiring.Component):
             self.bursts.payload.words_m1.eq(offer_words_m1),
             self.bursts.payload.last.eq(offer_last),
             self.refused.eq(offer & ~check.ok),
+            self.region.base.eq(base),
+            self.region.size.eq(size),
         ]
+        if platform == "formal":
+            # What induction has to know about registers: neither burst leaves its aligned block.
+            offer_block_m1 = Signal.like(block_m1)
+            m.d.comb += offer_block_m1.eq(~(base[word_log2:] + offer_offset)[:low_bits] if low_bits else 0)
+            m.d.comb += [
+                Assert(~(active & advance) | (words_m1 <= block_m1)),
+                Assert(~offer | (offer_words_m1 <= offer_block_m1)),
+            ]
         return m
 
 
@@ -214,6 +242,8 @@ class BurstIssue(wiring.Component):
         No burst is in flight.
     refused : Out(1)
         The next burst would leave the region, and all before it have ended; stays until reset.
+    region : Out(region_layout())
+        The region of the instruction in progress, for proofs.
     """
 
     regions: Any
@@ -228,6 +258,7 @@ class BurstIssue(wiring.Component):
     finished_stb: Signal
     idle: Signal
     refused: Signal
+    region: Any
 
     def __init__(self, *, arch: ArchConfig) -> None:
         self.arch = arch
@@ -245,6 +276,7 @@ class BurstIssue(wiring.Component):
                 "finished_stb": In(1),
                 "idle": Out(1, init=1),
                 "refused": Out(1),
+                "region": Out(region_layout()),
             }
         )
 
@@ -267,6 +299,7 @@ class BurstIssue(wiring.Component):
             self.a_valid.eq(valid),
             self.idle.eq(idle),
             self.refused.eq(walk.refused & idle),
+            self.region.eq(walk.region),
         ]
         m.d.sync += [in_flight.eq(after), full.eq(after == self.arch.outstanding), idle.eq(after == 0)]
         with m.If(~valid | self.a_ready):
