@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import pytest
+from amaranth import ResetInserter, Signal
 
 from nibblecore.arch.config import ArchConfig
 from nibblecore.arch.isa import Instruction, Opcode, encode, make
@@ -57,7 +58,6 @@ def random_instruction(rng: random.Random, arch: ArchConfig, *, bank: int) -> In
 class Trace:
     """Cycles of what happened, counted from the first cycle with an offer."""
 
-    offered: list[int] = dataclasses.field(default_factory=list)
     accepted: list[int] = dataclasses.field(default_factory=list)
     entered: list[int] = dataclasses.field(default_factory=list)
     done: list[int] = dataclasses.field(default_factory=list)
@@ -76,8 +76,11 @@ def pixels_of(i: Instruction) -> int:
 
 
 def run(engine: MacEngine, arch: ArchConfig, instructions: list[Instruction], *, seed: int, x_stall: float = 0.0,
-        w_stall: float = 0.0, offer_stall: float = 0.0, offer_gap: int = 0, drain: bool = True) -> Trace:
+        w_stall: float = 0.0, offer_stall: float = 0.0, offer_gap: int = 0, drain: bool = True,
+        reset_after: int | None = None) -> Trace:
     """Run instructions and compare every accumulator of each with the model.
+
+    With ``reset_after``, an instruction that does not count is reset so many cycles after its offer, before all others.
 
     With ``drain``, an instruction's bank is read as soon as it is done, while others run, and an instruction is offered
     when the earlier ones of its bank have been read. Without, both banks are read at the end.
@@ -95,7 +98,20 @@ def run(engine: MacEngine, arch: ArchConfig, instructions: list[Instruction], *,
     drained = 0
     label = f"seed={seed} x_stall={x_stall} w_stall={w_stall}"
 
+    rst = Signal()
+
     async def offer(ctx: Any) -> None:
+        if reset_after is not None:
+            ctx.set(engine.command.payload, encode(make(Opcode.MAC, cols=5, kernel_x=20, ox_step=1, width=2048)))
+            ctx.set(engine.command.valid, 1)
+            await ctx.tick().repeat(reset_after)
+            ctx.set(rst, 1)
+            ctx.set(engine.command.valid, 0)
+            await ctx.tick()
+            ctx.set(rst, 0)
+            await ctx.tick()  # so that `monitor` has seen the cycle of the reset
+            for record in vars(trace).values():
+                record.clear()
         for n, i in enumerate(instructions):
             while drain and any(later["acc_bank"] == i["acc_bank"] for later in instructions[drained:n]):
                 await ctx.tick()
@@ -105,7 +121,6 @@ def run(engine: MacEngine, arch: ArchConfig, instructions: list[Instruction], *,
                 await ctx.tick()
             ctx.set(engine.command.payload, encode(i))
             ctx.set(engine.command.valid, 1)
-            trace.offered.append(-1)
             while not (await ctx.tick().sample(engine.command.ready))[2]:
                 pass
             ctx.set(engine.command.valid, 0)
@@ -168,7 +183,8 @@ def run(engine: MacEngine, arch: ArchConfig, instructions: list[Instruction], *,
         for _ in range(20):
             await ctx.tick()
 
-    simulate(engine, offer, check, background=[buffer(engine.x, x, x_stall), buffer(engine.w, w, w_stall), monitor],
+    dut = engine if reset_after is None else ResetInserter(rst)(engine)
+    simulate(dut, offer, check, background=[buffer(engine.x, x, x_stall), buffer(engine.w, w, w_stall), monitor],
              max_cycles=60_000)
     assert len(trace.done) == len(instructions), label
     assert len(trace.entered) == sum(passes_of(i) * pixels_of(i) for i in instructions), label
@@ -191,6 +207,15 @@ def test_random_instructions_equal_the_model(kind: str, x_stall: float, w_stall:
     instructions = filled(arch) + [random_instruction(rng, arch, bank=rng.choice([n % 2, n % 2, rng.randrange(2)]))
                                    for n in range(10)]
     run(MacEngine(arch), arch, instructions, seed=seed, x_stall=x_stall, w_stall=w_stall, offer_stall=offer_stall)
+
+
+@pytest.mark.parametrize("cycles", [1, 2, 3, 5, 6, 17, 30])
+def test_a_reset_abandons_an_instruction_at_any_time(cycles: int) -> None:
+    arch = CONFIGS["square"]
+    rng = random.Random(cycles)
+    instructions = [*filled(arch), random_instruction(rng, arch, bank=0)]
+    trace = run(MacEngine(arch), arch, instructions, seed=cycles, x_stall=0.2, w_stall=0.2, reset_after=cycles)
+    assert len(trace.accepted) == 3
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -239,6 +264,18 @@ def test_cycles_of_one_instruction(kind: str) -> None:
     trace = run(engine, arch, [i], seed=0)
     assert trace.done == [engine.cycles(pixels=6, passes=6)]
     assert trace.entered[0] == engine.start_cycles == max(arch.columns, 4)
+    assert engine.pass_cycles(pixels=1) == max(arch.columns, 4)
+
+
+@pytest.mark.parametrize(("pixels", "slack"), [(4, 0), (6, 2)])
+def test_a_command_is_in_time_until_the_first_pixel_of_the_pass_before(pixels: int, slack: int) -> None:
+    """The first command is accepted in cycle 2 and enters in cycle 4; the second is offered in cycle ``3 + gap``."""
+    arch = CONFIGS["square"]
+    engine = MacEngine(arch)
+    i = make(Opcode.MAC, cols=pixels, width=8)
+    for gap in range(6):
+        trace = run(engine, arch, [i, i], seed=gap, offer_gap=gap, drain=False)
+        assert trace.entered[pixels] == 4 + pixels + max(0, gap - 1 - slack), gap
 
 
 def test_pixels_outside_the_map_need_no_bank() -> None:

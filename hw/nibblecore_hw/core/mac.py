@@ -31,8 +31,8 @@ class MacEngine(wiring.Component):
     of ``pixels = rows * cols``:
 
     - A pass takes ``P`` cycles from its first pixel to that of the next pass. So does the last pass of an instruction
-      to the first pixel of the next one, whose first tile is fetched meanwhile, if that command is offered by the first
-      pixel of this last pass.
+      to the first pixel of the next one, whose first tile is fetched meanwhile, if that command is offered
+      :attr:`start_cycles` cycles before; no pixel enters sooner after the offer of its instruction.
     - From idle, the first pixel enters :attr:`start_cycles` cycles after the first cycle with ``command.valid``.
     - ``done_stb`` comes :attr:`drain_cycles` cycles after the last pixel.
 
