@@ -140,10 +140,11 @@ class Csr(wiring.Component):
                     m.d.sync += bus.bresp.eq(OKAY)
                     if register.access == "rw":
                         held = getattr(self, member(name))
-                        m.d.sync += [
-                            held.eq((word & selected & mask) | (held & ~selected)),
-                            getattr(self, f"{member(name)}_stb").eq(1),
-                        ]
+                        m.d.sync += getattr(self, f"{member(name)}_stb").eq(1)
+                        # Byte by byte, so that strobes become clock enables and not multiplexers.
+                        for n, strobe in enumerate(strobes):
+                            with m.If(strobe):
+                                m.d.sync += held[8 * n : 8 * n + 8].eq((word & mask)[8 * n : 8 * n + 8])
                     else:
                         m.d.comb += getattr(self, f"{member(name)}_ones").eq(word & selected & mask)
 

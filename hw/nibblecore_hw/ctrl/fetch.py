@@ -195,7 +195,8 @@ class Fetch(wiring.Component):
                 length.eq(to_boundary),
                 prepared.eq(~at_limit),
             ]
-            with m.If(left < to_boundary):
+            # `left < to_boundary`, without a comparator of the width of `left`
+            with m.If((left[burst_log2 + 1 :] == 0) & (left[: burst_log2 + 1] < to_boundary)):
                 m.d.sync += length.eq(left[: burst_log2 + 1])
         last = axi.rvalid & axi.rlast
         with m.If(issue & ~last):
