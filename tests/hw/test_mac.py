@@ -199,17 +199,17 @@ def filled(arch: ArchConfig) -> list[Instruction]:
 
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize(("x_stall", "w_stall", "offer_stall"),
-                         [(0.0, 0.0, 0.0), (0.4, 0.0, 0.0), (0.0, 0.5, 0.3), (0.7, 0.2, 0.8)])
+                         [(0.4, 0.0, 0.0), (0.0, 0.5, 0.3), (0.7, 0.2, 0.8)])
 def test_random_instructions_equal_the_model(kind: str, x_stall: float, w_stall: float, offer_stall: float) -> None:
     arch = CONFIGS[kind]
     seed = int(10 * x_stall + 100 * w_stall)
     rng = random.Random(f"{kind} {seed}")
     instructions = filled(arch) + [random_instruction(rng, arch, bank=rng.choice([n % 2, n % 2, rng.randrange(2)]))
-                                   for n in range(10)]
+                                   for n in range(8)]
     run(MacEngine(arch), arch, instructions, seed=seed, x_stall=x_stall, w_stall=w_stall, offer_stall=offer_stall)
 
 
-@pytest.mark.parametrize("cycles", [1, 2, 3, 5, 6, 17, 30])
+@pytest.mark.parametrize("cycles", [1, 3, 5, 6, 30])
 def test_a_reset_abandons_an_instruction_at_any_time(cycles: int) -> None:
     arch = CONFIGS["square"]
     rng = random.Random(cycles)
@@ -224,12 +224,12 @@ def test_small_tiles_one_after_the_other_on_one_bank(kind: str) -> None:
     arch = CONFIGS[kind]
     rng = random.Random(kind)
     instructions = filled(arch)
-    for _ in range(20):
+    for _ in range(14):
         cols, rows = rng.choice([(1, 1), (1, 2), (2, 1), (3, 1), (1, 3), (2, 2), (5, 1)])
         instructions.append(make(Opcode.MAC, accumulate=1, cols=cols, rows=rows, bricks=rng.choice([1, 1, 2, 3]),
                                  w_addr=rng.randrange(256), w_step=arch.columns, x_addr=rng.randrange(256), ox_step=1,
                                  oy_step=7, brick_step=3, width=2048, height=2048))
-    for x_stall, w_stall in ((0.0, 0.0), (0.5, 0.0), (0.3, 0.2)):
+    for x_stall, w_stall in ((0.5, 0.0), (0.3, 0.2)):
         run(MacEngine(arch), arch, instructions, seed=3, x_stall=x_stall, w_stall=w_stall, drain=False)
 
 
@@ -240,7 +240,7 @@ def test_cycles_of_the_documentation(kind: str, offer_gap: int) -> None:
     arch = CONFIGS[kind]
     rng = random.Random(f"{kind} {offer_gap}")
     engine = MacEngine(arch)
-    instructions = filled(arch) + [random_instruction(rng, arch, bank=rng.randrange(2)) for _ in range(16)]
+    instructions = filled(arch) + [random_instruction(rng, arch, bank=rng.randrange(2)) for _ in range(12)]
     trace = run(engine, arch, instructions, seed=1, offer_gap=offer_gap, drain=False)
     entered, done, begin = [], [], engine.start_cycles
     for i in instructions:
