@@ -24,47 +24,52 @@ MODE_WORDS: Final = {OutputMode.INT4: 1, OutputMode.INT8: 2, OutputMode.RAW32: 8
 class CostParameters:
     """Cycles of the microarchitecture and of the memory behind it.
 
+    The figures are those that the hardware units state for themselves (``nibblecore_hw``, docstrings and ``cycles()``),
+    counted from the cycle in which an engine is offered its instruction.
+
     Parameters
     ----------
     issue : int
-        From an instruction's arrival in an empty queue, or from the last semaphore it waits for, to its start.
-    signal : int
-        From an engine's done pulse to the semaphore that others see.
-    fetch_latency, fetch_overhead : int
-        First instruction after start; cycles per instruction on top of its bus beats.
-    mac_startup : int
-        From the start of a MAC to its first pixel, the load of the first weight tile (``columns`` words) not counted.
-        Hidden while the previous MAC still streams.
+        From an instruction's arrival in an empty queue, or from the done pulse that it waits for, to its offer.
+    fetch_start, fetch_interval : int
+        From start to the first request; per instruction on top of its bus beats.
+    mac_start : int
+        Least cycles before a MAC's first pixel; the first weight tile takes ``columns``. Hidden behind the MAC before.
     mac_drain : int
-        From a MAC's last pixel to its done pulse, hops from column group to column group not counted.
+        From a MAC's last pixel to its done pulse, one hop per further column group not counted.
     acc_hazard : int
-        Least cycles between two additions to one accumulator: the shortest pass.
-    post_startup, post_drain : int
-        Before the first and behind the last pixel of POST, the read of its records not counted.
-    pool_startup : int
-        Around POOL.
-    load_latency, store_latency : int
-        From the start of a transfer to its first beat, and behind its last one to the done pulse.
-    burst_overhead : int
-        Least cycles between the starts of two bursts of one transfer.
-    transfers_overlap : bool
-        Whether a LOAD's addresses are issued while the previous LOAD's data still arrive.
+        Shortest pass.
+    post_start, post_end, post_end_raw : int
+        Before the first pixel of POST, the read of its records not counted; behind the last one; the same for RAW32.
+    pool_overhead : int
+        Of POOL, before and after.
+    load_start, load_end : int
+        Before the first address of a LOAD; behind its last beat.
+    store_start, store_end : int
+        Before the first beat of a STORE; behind its last response.
+    read_latency, write_latency : int
+        Of the memory: from an address to its first beat; from the last beat of a write to its response.
+    burst_interval : int
+        Least cycles between two addresses of one engine.
     """
 
-    issue: int = 3
-    signal: int = 1
-    fetch_latency: int = 24
-    fetch_overhead: int = 2
-    mac_startup: int = 8
-    mac_drain: int = 10
-    acc_hazard: int = 8
-    post_startup: int = 8
-    post_drain: int = 12
-    pool_startup: int = 12
-    load_latency: int = 26
-    store_latency: int = 26
-    burst_overhead: int = 2
-    transfers_overlap: bool = False
+    issue: int = 2
+    fetch_start: int = 6
+    fetch_interval: int = 3
+    mac_start: int = 4
+    mac_drain: int = 11
+    acc_hazard: int = 4
+    post_start: int = 3
+    post_end: int = 20
+    post_end_raw: int = 6
+    pool_overhead: int = 9
+    load_start: int = 4
+    load_end: int = 2
+    store_start: int = 6
+    store_end: int = 1
+    read_latency: int = 20
+    write_latency: int = 20
+    burst_interval: int = 2
 
 
 DEFAULT_COST: Final = CostParameters()
@@ -74,7 +79,7 @@ def transfer_cycles(arch: ArchConfig, rows: int, words: int, cost: CostParameter
     """Data cycles of a DMA transfer of ``rows`` rows of ``words`` consecutive words each; latency not counted."""
     beats = -(-words * arch.word_bytes // arch.bus_bytes)
     bursts = -(-beats // arch.burst_beats)
-    return rows * max(beats, bursts * cost.burst_overhead)
+    return rows * max(beats, bursts * cost.burst_interval)
 
 
 def pass_cycles(arch: ArchConfig, pixels: int, cost: CostParameters = DEFAULT_COST) -> int:
@@ -84,14 +89,19 @@ def pass_cycles(arch: ArchConfig, pixels: int, cost: CostParameters = DEFAULT_CO
 
 def drain_cycles(arch: ArchConfig, pixels: int, bricks: int, mode: int, add_words: int) -> int:
     """Cycles of POST for ``pixels`` pixels without start and end; ``add_words`` are read per pixel and brick."""
-    lanes = min(arch.columns, arch.lanes) * bricks
-    return pixels * max(lanes // arch.post_lanes, MODE_WORDS[OutputMode(mode)] * bricks, add_words * bricks, 1)
+    columns = min(arch.columns, arch.lanes)
+    if mode == OutputMode.RAW32:
+        return pixels * bricks * max(1, MODE_WORDS[OutputMode.RAW32] * columns // arch.lanes)
+    return pixels * bricks * max(columns // arch.post_lanes, MODE_WORDS[OutputMode(mode)], add_words)
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Closed form of one instruction: it occupies its engine for ``busy`` cycles behind ``lead`` cycles that may be
-    hidden behind the previous instruction, and is done ``tail`` cycles later."""
+    """Closed form of one instruction.
+
+    ``lead`` cycles behind its offer it occupies its engine's data path for ``busy`` cycles, and is done ``tail`` cycles
+    later. Engines that take instructions ahead hide the lead behind the instruction before.
+    """
 
     lead: int
     busy: int
@@ -101,22 +111,23 @@ class Timing:
 def timing(i: Instruction, arch: ArchConfig, cost: CostParameters = DEFAULT_COST) -> Timing:
     """Cycles of one instruction on an otherwise idle core."""
     if i.opcode is Opcode.MAC:
-        passes = i["kernel_y"] * i["kernel_x"] * i["bricks"]
-        hops = arch.columns // arch.post_lanes
-        busy = passes * pass_cycles(arch, i["rows"] * i["cols"], cost)
-        return Timing(cost.mac_startup + arch.columns, busy, cost.mac_drain + hops)
+        pixels, passes = i["rows"] * i["cols"], i["kernel_y"] * i["kernel_x"] * i["bricks"]
+        busy = passes * pass_cycles(arch, pixels, cost)
+        idle = pass_cycles(arch, pixels, cost) - pixels  # behind the last pixel of the last pass
+        tail = cost.mac_drain + arch.columns // arch.post_lanes - 2 - idle
+        return Timing(max(cost.mac_start, arch.columns), busy, tail)
     if i.opcode is Opcode.POST:
         add_words = i["add"] * (1 + i["add_wide"])
         busy = drain_cycles(arch, i["rows"] * i["cols"], i["bricks"], i["mode"], add_words)
-        return Timing(cost.post_startup + arch.param_words, busy, cost.post_drain)
+        end = cost.post_end_raw if i["mode"] == OutputMode.RAW32 else cost.post_end
+        return Timing(cost.post_start + arch.param_words, busy, end)
     if i.opcode is Opcode.POOL:
         words = i["rows"] * i["cols"] * i["bricks"] * (1 + i["wide"])
-        return Timing(0, words * i["kernel_y"] * i["kernel_x"], cost.pool_startup)
-    rows = i["count1"] * i["count2"]
-    busy = transfer_cycles(arch, rows, i["count0"], cost)
+        return Timing(0, words * i["kernel_y"] * i["kernel_x"], cost.pool_overhead)
+    busy = transfer_cycles(arch, i["count1"] * i["count2"], i["count0"], cost)
     if i.opcode is Opcode.LOAD:
-        return Timing(cost.load_latency, busy, 1)
-    return Timing(cost.store_latency // 2, busy, cost.store_latency // 2)
+        return Timing(cost.load_start + cost.read_latency, busy, cost.load_end)
+    return Timing(cost.store_start, busy, cost.write_latency + cost.store_end)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,12 +141,13 @@ class Span:
 class EngineClock:
     """When one engine, in order, starts and finishes instructions; shared by scheduler and simulation."""
 
-    def __init__(self, engine: Engine, cost: CostParameters) -> None:
-        self._overlaps = engine is Engine.MAC or (engine is Engine.LOAD and cost.transfers_overlap)
+    def __init__(self, engine: Engine) -> None:
+        # MAC and the DMAs take the next instruction while the data of the one before still stream.
+        self._overlaps = engine is not Engine.POST
         self._accept = self._free = self._done = 0
 
     def run(self, ready: int, t: Timing) -> Span:
-        """Execute an instruction whose command and semaphores are there at ``ready``."""
+        """Execute an instruction that is offered at ``ready``, its semaphores being there."""
         start = max(ready, self._accept if self._overlaps else self._done)
         stream = max(start + t.lead, self._free)
         self._accept = stream  # one instruction ahead of the running one
@@ -186,14 +198,14 @@ def simulate(instructions: Sequence[Instruction], arch: ArchConfig, cost: CostPa
     One pass in stream order is exact, because in the compiler's programs every semaphore is signalled, and a full one
     freed, by an instruction earlier in the stream. Raises :class:`ValueError` where that is not so.
     """
-    fetch_cycles = -(-INSTRUCTION_BYTES // arch.bus_bytes) + cost.fetch_overhead
+    fetch_cycles = max(1, INSTRUCTION_BYTES // arch.bus_bytes) + cost.fetch_interval
     limit = (1 << arch.semaphore_bits) - 1
-    clocks = {e: EngineClock(e, cost) for e in Engine}
+    clocks = {e: EngineClock(e) for e in Engine}
     started: dict[Engine, list[int]] = {e: [] for e in Engine}
     tokens: dict[tuple[Engine, Engine], deque[int]] = {(a, b): deque() for a in Engine for b in Engine}
     taken: dict[tuple[Engine, Engine], list[int]] = {(a, b): [] for a in Engine for b in Engine}
     given = dict.fromkeys(tokens, 0)
-    fetched, end = cost.fetch_latency, 0
+    fetched, end = cost.fetch_start + cost.read_latency + fetch_cycles, 0
     spans: list[Span] = []
     for index, i in enumerate(instructions):
         engine = i.engine
@@ -213,7 +225,7 @@ def simulate(instructions: Sequence[Instruction], arch: ArchConfig, cost: CostPa
             taken[source, engine].append(span.start)
         for target in engines_in(i["signal"]):
             pair = (engine, target)
-            done = span.done + cost.signal
+            done = span.done
             if given[pair] >= limit:
                 if given[pair] - limit >= len(taken[pair]):
                     raise ValueError(f"instruction {index} overflows the semaphore towards {target.name}")

@@ -227,7 +227,6 @@ class _Linter:
                         bad = last[t.words] > known[other]
                         if bad.any():
                             word = int(t.words[bad][0])
-                            rival = indices[other][int(last[word]) - 1]
                             self.report("race", index, self._race(t, word, indices[other][int(last[word]) - 1], verb))
             for t in touches:
                 table = writes if t.write else reads

@@ -6,7 +6,7 @@ derived from it (:mod:`nibblecore.compiler.emit`), and every order that keeps th
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ from .options import CompileOptions
 from .pack import PackedLayer, Term, pack_layer
 from .tiling import WINDOW_LIMIT, Demand, LayerPlan, Layout, Rect, input_rect, plan_layer, tensor_layout
 
+_DEFAULTS: Final = {opcode: make(opcode).fields for opcode in Opcode}
 _FIELDS: Final[dict[str, Field]] = {f.name: f for f in INSTRUCTIONS[Opcode.LOAD].fields}
 _ROW_LIMIT: Final = _FIELDS["count0"].high
 _ROWS_LIMIT: Final = _FIELDS["count1"].high
@@ -107,6 +108,7 @@ class Planner:
         }
         self.slack = [0] * len(self.layers)
         self.no_hoist: set[tuple[int, int]] = set()
+        self._plans: dict[tuple[int, Demand], LayerPlan | None] = {}
 
     # Residency -------------------------------------------------------------------------------------------------
 
@@ -134,23 +136,38 @@ class Planner:
             room=self.arch.act_depth - used - self.slack[index],
         )
 
+    def plan_one(self, index: int) -> LayerPlan | None:
+        """The plan of one layer beside the tensors that are resident now; None where it lacks room."""
+        demand = self.demand(index)
+        key = (index, demand)
+        if key not in self._plans:
+            self._plans[key] = None if demand.room < 0 else plan_layer(
+                self.layers[index], self.packed[index], demand, self.arch, self.cost,
+                prefetch=self.options.prefetch, tile_pixels=self.options.tile_pixels,
+            )  # fmt: skip
+        return self._plans[key]
+
     def plan(self) -> list[LayerPlan]:
-        """A plan for every layer; spills resident tensors until all fit."""
+        """A plan for every layer; spills resident tensors until all fit, then those that cost more than they save."""
         plans: list[LayerPlan] = []
         while len(plans) < len(self.layers):
             index = len(plans)
-            demand = self.demand(index)
-            plan = None
-            if demand.room >= 0:
-                plan = plan_layer(
-                    self.layers[index], self.packed[index], demand, self.arch, self.cost,
-                    prefetch=self.options.prefetch, tile_pixels=self.options.tile_pixels,
-                )  # fmt: skip
+            plan = self.plan_one(index)
             if plan is not None:
                 plans.append(plan)
             else:
                 first = self.spill(index)
                 del plans[first:]
+        for name in sorted(self.residents, key=lambda name: (-self.layouts[name].words, name)):
+            first = self.produced.get(name, self.first_use.get(name, 0))
+            span = range(first, self.last_use[name] + 1)
+            self.residents.remove(name)
+            trial = [self.plan_one(index) for index in span]
+            cycles = sum(p.cycles if p is not None else float("inf") for p in trial)
+            if cycles < sum(plans[index].cycles for index in span):
+                plans[span.start : span.stop] = [p for p in trial if p is not None]
+            else:
+                self.residents.add(name)
         return plans
 
     def spill(self, index: int) -> int:
@@ -623,8 +640,8 @@ class Builder:
         result = []
         for op in self.operations:
             local = {field: (addresses[buffer] + offset) % _ADDRESSES for field, (buffer, offset) in op.local.items()}
-            fields: dict[str, Any] = {**op.fields, **local}
-            result.append(make(op.opcode, **fields))
+            fields = {**_DEFAULTS[op.opcode], **op.fields, **local}
+            result.append(Instruction(op.opcode, fields))  # the linter encodes, and so checks, all of them
         return result
 
 
