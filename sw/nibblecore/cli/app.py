@@ -136,10 +136,10 @@ def lint(
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Prove a program free of races, deadlocks, accesses out of bounds and reads of unwritten words."""
-    from ..compiler.lint import findings
+    from ..compiler.lint import lint as find
 
     loaded = Program.load(program)
-    found = findings(loaded)
+    found = find(loaded)
     if as_json:
         print_json({"findings": [str(f) for f in found], "instructions": len(loaded.instructions)})
     elif found:

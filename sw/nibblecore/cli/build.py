@@ -1,10 +1,13 @@
 """``train`` and ``compile``: from data to a checkpoint, from a checkpoint to a program."""
 
+import os
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from rich.progress import TaskID
 
 from ..arch.config import ArchConfig, get_arch
 from ..errors import NibbleError
@@ -24,7 +27,7 @@ WEIGHTS_OPTION = typer.Option(None, "--weights", "-w", help="State dict for pack
 def load_graph(source: str, weights: Path | None) -> "Graph":
     """The integer graph of a checkpoint, or of ``package.module:factory`` with a state dict."""
     try:
-        from ..qat import convert, load_checkpoint, load_model
+        from ..qat import QuantModel, convert, load_checkpoint, load_model
     except ImportError as error:
         raise NibbleError(
             f"reading a PyTorch model needs the package {error.name!r}, which is not installed.",
@@ -33,7 +36,15 @@ def load_graph(source: str, weights: Path | None) -> "Graph":
     if ":" in source and not Path(source).exists():
         if weights is None:
             raise NibbleError(f"{source} needs its state dict.", hint="Give the file with --weights.")
-        return convert(load_model(source, weights))
+        # As `python -m` does: the user's package lies in the folder where the command is called.
+        sys.path.insert(0, os.getcwd())
+        model = load_model(source, weights)
+        if not isinstance(model, QuantModel):
+            raise NibbleError(
+                f"{source} returned {type(model).__name__}, which has no quantizers.",
+                hint="Return nibblecore.qat.prepare(model, ...), and give the state dict that its training ended with.",
+            )
+        return convert(model.eval())
     if weights is not None:
         raise NibbleError(
             f"--weights goes with package.module:factory, and {source} is a file.",
@@ -68,25 +79,29 @@ def train(
     OUT.print(f"checkpoint: {path}", highlight=False)
 
 
-def train_with_bars(path: Path, *, seed: int, quiet: bool, **epochs: int | None) -> Any:
+def train_with_bars(
+    path: Path, *, seed: int, quiet: bool, float_epochs: int | None = None, qat_epochs: int | None = None
+) -> Any:
     """:func:`nibblecore.qat.train.train_digits` with a progress bar."""
     try:
-        from ..qat.train import train_digits
+        from ..qat.train import Progress, train_digits
     except ImportError as error:
         raise NibbleError(
             f"training needs the package {error.name!r}, which is not installed.",
             hint="Install: pip install 'nibblecore[train]'",
         ) from None
     with progress(quiet) as bar:
-        tasks: dict[str, Any] = {}
+        tasks: dict[str, TaskID] = {}
 
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done)
+        def report(state: Progress) -> None:
+            text = f"{state.phase}: {state.accuracy:.1%}"
+            if state.phase not in tasks:
+                tasks[state.phase] = bar.add_task(text, total=state.epochs)
+            bar.update(tasks[state.phase], completed=state.epoch, description=text)
 
-        chosen = {name: value for name, value in epochs.items() if value is not None}
-        return train_digits(seed=seed, checkpoint=path, progress=report, **chosen)
+        given = {"float_epochs": float_epochs, "qat_epochs": qat_epochs}
+        epochs: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return train_digits(seed=seed, checkpoint=path, progress=report, **epochs)
 
 
 def compile_model(

@@ -65,11 +65,12 @@ def _compare(
 ) -> dict[str, Any]:
     """Accuracy of the integers over the test set; mismatches of outputs and tensors; cycles."""
     from ..ir.interpret import run as interpret
-    from ..qat.train import digits_test_set
+    from ..qat.recipes import digits
 
     binding = program.inputs[0]
-    images, labels = digits_test_set()
-    codes = [binding.quantize(x) for x in images]
+    data = digits.load()
+    codes = [binding.quantize(x) for x in data.test_images]
+    labels = data.test_labels
     want = interpret(graph, {binding.name: np.stack(codes)}, keep=True)
     name = program.outputs[0].name
     golden = execute(program, "golden", codes, quiet=quiet)

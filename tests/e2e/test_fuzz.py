@@ -1,0 +1,26 @@
+"""Random networks: integer graph = golden model = RTL, with stalls; the seed is in the failure message."""
+
+import pytest
+
+from nibblecore.arch.config import ARCHS
+from nibblecore_sim.fuzz import FUZZ_ARCHS, run_case
+from nibblecore_sim.transport import SimTransport
+
+CASES = 80
+
+
+@pytest.mark.cosim
+@pytest.mark.parametrize("name", FUZZ_ARCHS)
+def test_random_networks_on_rtl(name: str) -> None:
+    with SimTransport(FUZZ_ARCHS[name]) as rtl:
+        cases = [run_case(FUZZ_ARCHS[name], seed, rtl) for seed in range(1000, 1000 + CASES)]
+    assert [c for c in cases if c.mismatch] == []
+    # The compiler may refuse a case, with a reason; if it refused most of them, this would test nothing.
+    assert sum(not c.refused for c in cases) > CASES * 3 // 4
+
+
+@pytest.mark.parametrize("name", ARCHS)
+def test_random_networks_on_the_golden_model(name: str) -> None:
+    cases = [run_case(ARCHS[name], seed) for seed in range(2000, 2012)]
+    assert [c for c in cases if c.mismatch] == []
+    assert sum(not c.refused for c in cases) > 6
