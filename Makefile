@@ -52,7 +52,7 @@ setup: $(STAMP)
 # torch comes from whatever index pip is configured for; the lock accepts its CPU build.
 $(STAMP): requirements.lock pyproject.toml | machine
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
-	@echo "installing requirements.lock into $(VENV) (the first time: about a minute and some gigabytes)"
+	@echo "installing requirements.lock into $(VENV) (the first time: minutes and gigabytes)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@[ -n "$$($(BIN)/python -m find_libpython)" ] || { \

@@ -59,9 +59,12 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """An empty cache for this module, so that its first builds are real ones."""
+    """An empty cache for this run of the tests, so that its first builds are real ones; parallel workers share it."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NIBBLECORE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("NIBBLECORE_CACHE", str(base / "nibblecore-cache"))
         yield build.cache_dir()
 
 
@@ -87,7 +90,6 @@ def test_second_build_comes_from_the_cache(verilated, source, tmp_path):
     elsewhere = tmp_path / "mac.v"
     elsewhere.write_bytes(source.read_bytes())
     again = build_verilator("mac", [elsewhere])
-    assert not verilated.cached
     assert again.cached
     assert again.executable == verilated.executable
     assert sorted(file.name for file in again.directory.iterdir()) == ["build.json", "build.log", "mac"]
@@ -145,6 +147,7 @@ def test_arguments_are_checked(source, tmp_path):
 @pytest.mark.slow
 def test_inner_signals_can_be_made_public(cache, source, tmp_path):
     made = build_verilator("mac", [source], public="all", waves=True)
+    assert not made.cached
     assert "inside" in made.run(BENCH, directory=tmp_path, env={"NIBBLECORE_TEST_INSIDE": "1"}, waves=True).passed
     assert "$enddefinitions" in (tmp_path / "dump.vcd").read_text()
 
