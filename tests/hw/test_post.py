@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from amaranth import ResetInserter, Signal
 
 from nibblecore.arch import numerics
 from nibblecore.arch.config import ArchConfig
@@ -105,9 +106,21 @@ def bits_of(mask: int, arch: ArchConfig) -> int:
     return sum((1 << size) - 1 << size * n for n in range(arch.parts_per_brick) if mask >> n & 1)
 
 
-def run(around: Surroundings, program: Sequence[Instruction], *, stall: float, gap: float = 0.0, seed: int = 0) -> Any:
-    """Execute a program; the writes of each instruction, its cycles from command to done, and the stall strobes."""
+def run(
+    around: Surroundings,
+    program: Sequence[Instruction],
+    *,
+    stall: float,
+    gap: float = 0.0,
+    seed: int = 0,
+    abandoned: Sequence[tuple[Instruction, int]] = (),
+) -> Any:
+    """Execute a program; the writes of each instruction, its cycles from command to done, and the stall strobes.
+
+    ``abandoned``: instructions that begin before the program and end in a reset after so many cycles.
+    """
     arch, dut = around.arch, PostUnit(around.arch)
+    reset = Signal()
     rng = random.Random(seed)
     writes: list[list[tuple[int, int, int]]] = [[] for _ in program]
     cycles: list[int] = []
@@ -123,6 +136,19 @@ def run(around: Surroundings, program: Sequence[Instruction], *, stall: float, g
             dut.act_read: deque([None] * (READ_LATENCY - 1)), dut.params: deque([None] * (READ_LATENCY - 1)),
             dut.acc_read: deque([None] * (ACC_READ_LATENCY - 1)),
         }  # fmt: skip
+        for port in stalls:
+            ctx.set(port.ready, 1)
+        for instruction, length in abandoned:
+            ctx.set(dut.command.payload, encode(instruction))
+            ctx.set(dut.command.valid, 1)
+            for _ in range(length):
+                _, _, ready = await ctx.tick().sample(dut.command.ready)
+                if ready:
+                    ctx.set(dut.command.valid, 0)
+            ctx.set(dut.command.valid, 0)
+            ctx.set(reset, 1)
+            await ctx.tick()
+            ctx.set(reset, 0)
         now, done, sent, began, busy_wanted, last_write = 0, 0, 0, None, False, None
         while done < len(program):
             for port, pauses in stalls.items():
@@ -178,7 +204,8 @@ def run(around: Surroundings, program: Sequence[Instruction], *, stall: float, g
         return (*v[2:7], v[7:10], v[10:13], v[13:16], v[16:21])
 
     limit = 100 + sum(PostUnit.cycles(arch, i) for i in program)
-    simulate(dut, bench, max_cycles=int(limit * (8 / (1 - stall)) * (8 if gap else 1)))
+    limit += sum(length + 1 for _, length in abandoned)
+    simulate(ResetInserter(reset)(dut), bench, max_cycles=int(limit * (8 / (1 - stall)) * (8 if gap else 1)))
     return writes, cycles, refused, strobes
 
 
@@ -244,6 +271,19 @@ def test_pool_compares_joined_codes() -> None:
     program = [make(Opcode.POOL, wide=1, out_ox_step=2, **window)]
     assert len({word for _, word, _ in around.model(program[0])}) > 2
     check(around, program, stall=0.0, seed=3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_reset_abandons_an_instruction(seed: int) -> None:
+    around = Surroundings(ARCHS[4, 8, 2], seed)
+    instructions = [around.post(mode=m, add=int(m < 2), rows=2, cols=3) for m in (0, 1, 2)] + [around.pool(wide=1)]
+    abandoned = [
+        (i, around.rng.randint(1, PostUnit.cycles(around.arch, i) - 1)) for i in around.rng.choices(instructions, k=4)
+    ]
+    program = [around.rng.choice(instructions) for _ in range(2)]
+    writes, cycles, _, _ = run(around, program, stall=0.0, seed=seed, abandoned=abandoned)
+    assert writes == [around.model(i) for i in program], f"seed {seed}"
+    assert cycles == [PostUnit.cycles(around.arch, i) for i in program], f"seed {seed}"
 
 
 def test_long_tiles_keep_the_rate() -> None:
