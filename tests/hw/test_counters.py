@@ -16,6 +16,7 @@ def test_every_turn_shows_the_exact_count(seed: int) -> None:
     rng = random.Random(seed)
     dut = Counters()
     counts = dict.fromkeys(Counter, 0)
+    history: list[dict[Counter, int]] = []
 
     async def bench(ctx: SimulatorContext) -> None:
         for cycle in range(1500):
@@ -25,12 +26,17 @@ def test_every_turn_shows_the_exact_count(seed: int) -> None:
             for c, event in events.items():
                 ctx.set(dut.events[c.name.lower()], event)
             ctx.set(dut.clear_stb, clear)
+            history.append({c: counts[c] + event for c, event in events.items()})
             slot = ctx.get(dut.slot)
-            assert slot == cycle % SLOTS
-            expected = counts[Counter(slot)] + events[Counter(slot)] if slot < len(Counter) else 0
-            assert ctx.get(dut.value) == expected, f"cycle {cycle}, slot {slot} (seed {seed})"
+            if len(history) > dut.LATENCY:
+                then = history.pop(0)
+                assert slot == (cycle - dut.LATENCY) % SLOTS
+                expected = then[Counter(slot)] if slot < len(Counter) else 0
+                assert ctx.get(dut.value) == expected, f"cycle {cycle}, slot {slot} (seed {seed})"
             for c, event in events.items():
                 counts[c] = 0 if clear else counts[c] + event
+            if clear:
+                history.clear()
             await ctx.tick()
 
     simulate(dut, bench)
@@ -48,8 +54,8 @@ def test_counts_wrap_and_a_reset_clears() -> None:
         ctx.set(reset, 1)
         await ctx.tick()
         ctx.set(reset, 0)
-        for _ in range(2 * SLOTS):
-            assert ctx.get(dut.value) == 0
+        for cycle in range(2 * SLOTS):
+            assert ctx.get(dut.value) == 0 or cycle < dut.LATENCY
             await ctx.tick()
 
     simulate(ResetInserter(reset)(dut), bench)

@@ -246,7 +246,8 @@ class Control(wiring.Component):
             events[f"{name}_busy"] = busy
             events[f"{name}_semaphore"] = ~busy & (stage.waiting | stage.held).any()
         for name, event in events.items():
-            m.d.comb += counters.events[name].eq(supervisor.running & event)
+            # Registers, as some of these are the end of a long path.
+            m.d.sync += counters.events[name].eq(supervisor.running & event)
         m.d.comb += [
             counters.clear_stb.eq(supervisor.start_stb | supervisor.core_reset),
             csr.slot.eq(counters.slot),

@@ -22,21 +22,24 @@ def events_layout() -> data.StructLayout:
 class Counters(wiring.Component):
     """Count the cycles of each event, 32 bits each, wrapping.
 
-    The counts lie in one LUT RAM with one adder: each cycle is the turn of one counter, ``slot``, and what happened
-    since its last turn waits in four bits of its own. In its turn, ``value`` is its exact count, the event of that very
-    cycle included; a reader waits for the turn, at most :data:`SLOTS` - 1 cycles.
+    The counts lie in one LUT RAM with one adder: each cycle is the turn of one counter, and what happened since its
+    last turn waits in four bits of its own. ``value`` is the exact count of :attr:`LATENCY` cycles before, the event of
+    that very cycle included; a reader waits for the counter's turn, at most :data:`SLOTS` - 1 cycles.
 
     Members
     -------
     events : In(events_layout())
         What happens in this cycle.
     clear_stb : In(1)
-        All counts become 0; events of this cycle are not counted. A reset does the same.
+        All counts become 0; events of this cycle are not counted. A reset does the same. ``value`` is arbitrary until
+        :attr:`LATENCY` cycles later.
     slot : Out(4)
-        Whose turn it is.
+        Whose turn ``value`` is about.
     value : Out(32)
         That counter's count; 0 in the turn of nobody.
     """
+
+    LATENCY = 2
 
     events: data.View
     clear_stb: Signal
@@ -63,20 +66,30 @@ class Counters(wiring.Component):
         # After a clear, what the memory holds is stale until each slot has been written once: a whole round.
         stale = Signal(range(SLOTS + 1), init=SLOTS)
 
+        turn, second = Signal(range(SLOTS)), Signal(range(SLOTS))
         silent = [0] * (SLOTS - len(Counter))
-        event = Array([*(self.events[c.name.lower()] for c in Counter), *silent])[self.slot]
-        pending = Array([*recent, *silent])[self.slot]
+        event = Array([*(self.events[c.name.lower()] for c in Counter), *silent])[turn]
+        pending = Array([*recent, *silent])[turn]
+        # Three steps, one cycle each: look up, add, write back. A slot comes again long after its last step.
+        count = Signal(COUNTER_BITS, reset_less=True)
+        more = Signal(range(SLOTS + 1), reset_less=True)
         m.d.comb += [
-            read.addr.eq(self.slot),
+            read.addr.eq(turn),
             write.addr.eq(self.slot),
-            write.en.eq(1),
-            self.value.eq(Mux(stale == 0, read.data, 0) + pending + event),
             write.data.eq(self.value),
+            write.en.eq(1),
         ]
-        m.d.sync += self.slot.eq(self.slot + 1)
+        m.d.sync += [
+            turn.eq(turn + 1),
+            second.eq(turn),
+            count.eq(Mux(stale == 0, read.data, 0)),
+            more.eq(pending + event),
+            self.slot.eq(second),
+            self.value.eq(count + more),
+        ]
         for c in Counter:
             m.d.sync += recent[c].eq(recent[c] + self.events[c.name.lower()])
-            with m.If(self.slot == int(c)):
+            with m.If(turn == int(c)):
                 m.d.sync += recent[c].eq(0)
         with m.If(stale != 0):
             m.d.sync += stale.eq(stale - 1)

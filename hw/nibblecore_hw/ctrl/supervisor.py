@@ -51,7 +51,8 @@ class Supervisor(wiring.Component):
     idle : In(1)
         No bus transaction is in flight, requests that wait for the bus included.
     error_stb, error_cause, error_index : In
-        Per unit: it met an error; its :class:`nibblecore.arch.regs.ErrorCause`; the instruction that it is at.
+        Per unit: it met an error; its :class:`nibblecore.arch.regs.ErrorCause`; the instruction that it is at, which
+        is sampled in the cycle after the error.
     executing : In(4)
         Engines with an unfinished instruction.
     waits : In(MASKS)
@@ -138,6 +139,7 @@ class Supervisor(wiring.Component):
         cause = Signal(8)
         unit = Signal(8)
         index = Signal(INDEX_BITS)
+        unindexed = Signal()
         waits = Signal(MASKS)
         pending = Signal(2)
         expired = self._watchdog(m)
@@ -170,7 +172,7 @@ class Supervisor(wiring.Component):
                     m.d.sync += [
                         cause.eq(int(ErrorCause.WATCHDOG)),
                         unit.eq(blamed),
-                        index.eq(self.error_index[blamed]),
+                        unindexed.eq(1),
                         pending[_IRQ_ERROR].eq(1),
                     ]
                     with m.If(self.error_stb.any()):
@@ -181,6 +183,9 @@ class Supervisor(wiring.Component):
                     m.next = "IDLE"
                 reset_wins()
             with m.State("ERROR"):
+                # A cycle later than the unit, to have a register between the two choices.
+                with m.If(unindexed):
+                    m.d.sync += [index.eq(self.error_index[unit[: blamed.shape().width]]), unindexed.eq(0)]
                 reset_wins()
             with m.State("RESETTING"):
                 m.d.sync += settled.eq(settled + 1)
