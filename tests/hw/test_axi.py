@@ -54,6 +54,7 @@ def test_two_masters(seed: int) -> None:
                     assert last == is_last, f"{seed=} {number=}"
                     mixed.append(number)
 
+        run.__name__ = f"master {number}"
         return run
 
     simulate(dut, master(dut.load, LOAD_ID), master(dut.fetch, FETCH_ID), background=[memory.reader(dut.bus)])
