@@ -181,18 +181,18 @@ def test_calibration_uses_every_batch() -> None:
     quantizer.observe(torch.tensor([0.0, 1.0]))
     quantizer.observe(torch.tensor([2.0, 9.0, 0.0, 0.0]))
     quantizer.finish()
-    assert float(quantizer.step) == pytest.approx(9 / 15)
+    assert quantizer.step.item() == pytest.approx(9 / 15)
     quantizer.observe(torch.tensor([0.0, 1.0]))
     quantizer.observe(torch.tensor([2.0, 90.0, 0.0, 0.0]))
     quantizer.finish()
-    assert float(quantizer.step) == pytest.approx(90 / 15)
+    assert quantizer.step.item() == pytest.approx(90 / 15)
     for batch in (torch.ones(63), torch.full((1,), 90.0)):
         quantizer.observe(batch)
     quantizer.finish()
-    assert float(quantizer.step) == pytest.approx(2 * 153 / 64 / math.sqrt(15))
+    assert quantizer.step.item() == pytest.approx(2 * 153 / 64 / math.sqrt(15))
     quantizer.observe(torch.zeros(3))
     quantizer.finish()
-    assert float(quantizer.step) == 1.0
+    assert quantizer.step.item() == 1.0
 
 
 def test_quantizers_copy_and_print() -> None:

@@ -3,7 +3,6 @@
 import hashlib
 import importlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..files import write_atomically
 from .config import QConfig
 from .methods import InputQuantizer
 from .prepare import QuantModel, prepare
@@ -52,15 +52,7 @@ def save_checkpoint(model: QuantModel, path: str | Path, *, factory: str, **fact
         "facts": facts,
     }
     data = safetensors.torch.save(tensors, {_KEY: json.dumps(content)})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, data)
 
 
 def checkpoint_facts(path: str | Path) -> dict[str, Any]:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import TrainingError
-from ..models.resnet8 import resnet8_digits
-from .checkpoint import save_checkpoint
+from .checkpoint import load_model, save_checkpoint
 from .config import QConfig
 from .prepare import QuantModel, calibrate, parameter_groups, prepare
 from .recipes import digits
@@ -99,7 +98,7 @@ def train_digits(
     with _one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         generator = torch.Generator().manual_seed(seed)
-        model = resnet8_digits()
+        model = load_model(DIGITS_FACTORY)
         steps = len(images) // BATCH
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
         cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=float_epochs * steps)
