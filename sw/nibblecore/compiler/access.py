@@ -4,6 +4,7 @@ The linter has its own expansion and shares nothing with this one.
 """
 
 import dataclasses
+import functools
 from typing import Final
 
 import numpy as np
@@ -61,12 +62,13 @@ def accesses(i: Instruction, arch: ArchConfig) -> list[Access]:
 
 
 def _dma(i: Instruction, arch: ArchConfig) -> list[Access]:
-    rows = np.arange(i["count1"])[:, None]
+    planes, rows = np.arange(i["count2"])[:, None, None], np.arange(i["count1"])[:, None]
     words = np.arange(i["count0"])
-    dram = (i["dram_addr"] + rows * i["dram_step1"] + words).reshape(-1)
+    dram = (i["dram_addr"] + planes * i["dram_step2"] + rows * i["dram_step1"] + words).reshape(-1)
     to_weights = i.opcode is Opcode.LOAD and i["target"] == LoadTarget.WEIGHTS
     depth = arch.weight_depth if to_weights else arch.act_depth
-    local = (i["local_addr"] + rows * i["local_step1"] + words).reshape(-1) % _ADDRESSES % depth
+    local = i["local_addr"] + planes * i["local_step2"] + rows * i["local_step1"] + words
+    local = local.reshape(-1) % _ADDRESSES % depth
     load = i.opcode is Opcode.LOAD
     return [
         Access(Region(i["region"]).name, dram, not load),
@@ -74,19 +76,35 @@ def _dma(i: Instruction, arch: ArchConfig) -> list[Access]:
     ]
 
 
+_WINDOW_FIELDS: Final = tuple(
+    f"{name}{xy}{end}"
+    for xy in "yx"
+    for name, end in (("", "0"), ("stride_", ""), ("dilation_", ""), ("kernel_", ""), ("o", "_step"), ("k", "_step"))
+)
+
+
 def _window(i: Instruction, base: int, planes: int, arch: ArchConfig) -> Words:
     """Words of all valid taps: validity separates into rows and columns, so the union is a sum of offsets."""
-
-    def axis(xy: str, count: str, size: str) -> Words:
-        pixel, tap = np.arange(i[count])[:, None], np.arange(i[f"kernel_{xy}"])
-        place = i[f"{xy}0"] + pixel * i[f"stride_{xy}"] + tap * i[f"dilation_{xy}"]
-        offset = pixel * i[f"o{xy}_step"] + tap * i[f"k{xy}_step"]
-        return np.unique(offset[(place >= 0) & (place < i[size])] % _ADDRESSES)
-
-    rows, cols = axis("y", "rows", "height"), axis("x", "cols", "width")
-    bricks = np.arange(i["bricks"])[:, None] * i["brick_step"] + np.arange(planes)
-    grid = base + rows[:, None, None] + cols[:, None] + bricks.reshape(-1)
+    y, x = (i["rows"], i["height"]), (i["cols"], i["width"])
+    values = tuple(i[name] for name in _WINDOW_FIELDS)
+    rows, cols = _axis(*y, *values[:6]), _axis(*x, *values[6:])
+    grid = base + rows[:, None, None] + cols[:, None] + _bricks(i["bricks"], i["brick_step"], planes)
     return grid.reshape(-1) % _ADDRESSES % arch.act_depth
+
+
+@functools.lru_cache(maxsize=1024)
+def _axis(
+    count: int, size: int, start: int, stride: int, dilation: int, kernel: int, pixel_step: int, tap_step: int
+) -> Words:
+    """Address offsets of the valid taps along one axis."""
+    pixel, tap = np.arange(count)[:, None], np.arange(kernel)
+    place = start + pixel * stride + tap * dilation
+    return np.unique((pixel * pixel_step + tap * tap_step)[(place >= 0) & (place < size)] % _ADDRESSES)
+
+
+@functools.lru_cache(maxsize=256)
+def _bricks(count: int, step: int, planes: int) -> Words:
+    return (np.arange(count)[:, None] * step + np.arange(planes)).reshape(-1)
 
 
 def _pixels(i: Instruction, name: str, words: int, arch: ArchConfig) -> Words:

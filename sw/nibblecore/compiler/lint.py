@@ -12,6 +12,7 @@ engines, memory and bus:
 """
 
 import dataclasses
+import functools
 from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
@@ -69,6 +70,17 @@ class _Touch:
     write: bool
     parts: int = 0xFF
     what: str = ""
+
+
+@functools.lru_cache(maxsize=1024)
+def _valid(
+    start: int, count: int, kernel: int, stride: int, dilation: int, size: int, out_step: int, tap_step: int
+) -> Index:
+    """Distinct address offsets of one axis, of those (output, tap) pairs that lie in ``0..size-1``."""
+    out, tap = np.meshgrid(np.arange(count), np.arange(kernel), indexing="ij")
+    at = start + out * stride + tap * dilation
+    inside = np.logical_and(at >= 0, at < size)
+    return np.array(sorted(set((out * out_step + tap * tap_step)[inside].tolist())), np.int64)
 
 
 class _Linter:
@@ -309,18 +321,15 @@ class _Linter:
             self.report("bounds", index, f"has a tile of {pixels} pixels; the accumulators hold {self.arch.acc_depth}")
         return i["acc_bank"] * self.arch.acc_depth + np.arange(min(pixels, self.arch.acc_depth))
 
-    def _taps(self, i: Instruction) -> Index:
+    @staticmethod
+    def _taps(i: Instruction) -> Index:
         """Address offsets of all valid taps of all pixels."""
-        offsets = []
-        for start, count, kernel, stride, dilation, size, out_step, tap_step in (
-            ("y0", "rows", "kernel_y", "stride_y", "dilation_y", "height", "oy_step", "ky_step"),
-            ("x0", "cols", "kernel_x", "stride_x", "dilation_x", "width", "ox_step", "kx_step"),
-        ):
-            out, tap = np.meshgrid(np.arange(i[count]), np.arange(i[kernel]), indexing="ij")
-            at = i[start] + out * i[stride] + tap * i[dilation]
-            inside = np.logical_and(at >= 0, at < i[size])
-            offsets.append(np.array(sorted(set((out * i[out_step] + tap * i[tap_step])[inside].tolist())), np.int64))
-        return np.add.outer(offsets[0], offsets[1]).reshape(-1)
+        y, x = (
+            _valid(i[start], i[count], i[f"kernel_{a}"], i[f"stride_{a}"], i[f"dilation_{a}"], i[size],
+                   i[f"o{a}_step"], i[f"k{a}_step"])
+            for a, start, count, size in (("y", "y0", "rows", "height"), ("x", "x0", "cols", "width"))
+        )  # fmt: skip
+        return np.add.outer(y, x).reshape(-1)
 
     def _mac(self, index: int, i: Instruction) -> Iterator[_Touch]:
         taps = self._taps(i)

@@ -58,6 +58,8 @@ class View:
     offset: int
     row_words: int
     pixel_words: int
+    first_brick: int
+    bricks: int
 
     def at(self, row: int, col: int) -> tuple[int, int]:
         """Buffer and word of a pixel, which may lie outside."""
@@ -107,7 +109,7 @@ class Planner:
             if options.keep_on_chip and layout.words <= arch.act_depth and self.last_use[name] >= 0
         }
         self.slack = [0] * len(self.layers)
-        self.no_hoist: set[tuple[int, int]] = set()
+        self.no_hoist: set[Unit] = set()
         self._plans: dict[tuple[int, Demand], LayerPlan | None] = {}
 
     # Residency -------------------------------------------------------------------------------------------------
@@ -229,24 +231,39 @@ class Planner:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """One accumulator tile: output tile and column tile of a layer (None: a pool); the first or last of its tile."""
+    """One accumulator tile: output tile and column tile of a layer (None: a pool).
+
+    ``chunk`` numbers the part of the output channels that is in the buffer at once; the group is the first or the last
+    of its tile and chunk.
+    """
 
     layer: int
     tile: int
     column: int | None
+    chunk: int
     first: bool
     last: bool
+
+    @property
+    def key(self) -> "Unit":
+        return self.layer, self.tile, self.chunk
+
+
+Unit = tuple[int, int, int]
+"""Layer, tile and chunk: what is loaded and stored together."""
 
 
 def groups_of(index: int, plan: LayerPlan, columns: int | None) -> list[Group]:
     """The groups of a layer in the order of its plan."""
     tiles = range(len(plan.tiles))
     if columns is None:
-        return [Group(index, t, None, True, True) for t in tiles]
-    last = columns - 1
+        return [Group(index, t, None, 0, True, True) for t in tiles]
+    last, n = columns - 1, plan.chunk
     if plan.order == "tiles":
-        return [Group(index, t, c, c == 0, c == last) for t in tiles for c in range(columns)]
-    return [Group(index, t, c, c == 0, c == last) for c in range(columns) for t in tiles]
+        return [
+            Group(index, t, c, c // n, c % n == 0, c % n == n - 1 or c == last) for t in tiles for c in range(columns)
+        ]
+    return [Group(index, t, c, 0, c == 0, c == last) for c in range(columns) for t in tiles]
 
 
 class Builder:
@@ -259,13 +276,13 @@ class Builder:
         self.buffer_names: list[str] = []
         self.buffer_words: list[int] = []
         self.buffer_kinds: list[Kind] = []
-        self.buffer_origin: list[tuple[int, int]] = []  # layer and tile, to report and to mend
+        self.buffer_origin: list[Unit] = []  # to report and to mend
         self.buffer_span: list[list[int]] = []
         self.buffer_cooldown: list[int] = []  # group until whose end the buffer is better left alone
         self.resident_views: dict[str, View] = {}
         self.loaded_rows: dict[str, int] = {}
-        self.views: dict[tuple[int, int, str], View] = {}
-        self.done_loads: set[tuple[int, int]] = set()
+        self.views: dict[tuple[Unit, str], View] = {}
+        self.done_loads: set[Unit] = set()
         self.stored: dict[str, npt.NDArray[np.bool_]] = {}
         self.constants = bytearray()
         self.constant_at: dict[bytes, int] = {}
@@ -289,13 +306,15 @@ class Builder:
         result: dict[int, list[Group]] = {}
         previous = None
         for g, group in enumerate(self.groups):
-            if not group.first:
+            if not group.first or (group.chunk and not self._add_banded(group.layer)):
                 continue
-            key = (group.layer, group.tile)
-            if previous is not None and self.plans[group.layer].prefetch and key not in self.p.no_hoist:
+            if previous is not None and self.plans[group.layer].prefetch and group.key not in self.p.no_hoist:
                 result.setdefault((previous + g) // 2, []).append(group)
             previous = g
         return result
+
+    def _add_banded(self, index: int) -> bool:
+        return any(name not in self.p.residents for name in self.p.layers[index].inputs[1:])
 
     def _group(self, g: int, group: Group) -> None:
         layer = self.p.layers[group.layer]
@@ -318,7 +337,7 @@ class Builder:
             self._loads(group)
             for other in ahead:
                 self._loads(other, early=True)
-            y = self._output_view(group, g, len(packed.tiles))
+            y = self._output_view(group, g, plan.chunk)
             for n, term in enumerate(column.terms):
                 weights = self._load_block(group.layer, term.block, packed)
                 self._mac(group, layer, tile, term, weights, accumulate=n > 0)
@@ -328,11 +347,12 @@ class Builder:
             self._release_blocks(g, group, plan)
         if group.last and self.p.stored(layer.output):
             self._transfer(Opcode.STORE, layer.output, tile, y, group.layer)
-            self.stored[layer.output][tile.row : tile.row + tile.rows, tile.col : tile.col + tile.cols] = True
+            if packed is None or group.column == len(packed.tiles) - 1:
+                self.stored[layer.output][tile.row : tile.row + tile.rows, tile.col : tile.col + tile.cols] = True
 
     # Buffers ---------------------------------------------------------------------------------------------------
 
-    def _buffer(self, name: str, words: int, kind: Kind, origin: tuple[int, int], cooldown: int = -1) -> int:
+    def _buffer(self, name: str, words: int, kind: Kind, origin: Unit, cooldown: int = -1) -> int:
         self.buffer_names.append(name)
         self.buffer_words.append(words)
         self.buffer_kinds.append(kind)
@@ -341,11 +361,11 @@ class Builder:
         self.buffer_cooldown.append(cooldown)
         return len(self.buffer_names) - 1
 
-    def _resident(self, name: str, origin: tuple[int, int]) -> View:
+    def _resident(self, name: str, origin: Unit) -> View:
         if name not in self.resident_views:
             layout = self.p.layouts[name]
             buffer = self._buffer(name, layout.words, "resident", origin)
-            self.resident_views[name] = View(buffer, 0, 0, 0, layout.row_words, layout.pixel_words)
+            self.resident_views[name] = View(buffer, 0, 0, 0, layout.row_words, layout.pixel_words, 0, layout.bricks)
         return self.resident_views[name]
 
     def _output_view(self, group: Group, g: int, tile_groups: int) -> View:
@@ -354,27 +374,43 @@ class Builder:
             layout = self.p.layouts[name]
             self.stored[name] = np.zeros((layout.height, layout.width), bool)
         if name in self.p.residents:
-            return self._resident(name, (group.layer, group.tile))
-        key = (group.layer, group.tile, name)
+            return self._resident(name, group.key)
+        key = (group.key, "y")
         if key not in self.views:
-            tile = self.plans[group.layer].tiles[group.tile]
-            pixel_words = self.p.layouts[name].pixel_words
             until = g + 2 * tile_groups - 1 if self.p.packed[group.layer] is not None else g + 1
-            buffer = self._buffer(f"{name}[{group.tile}]", tile.pixels * pixel_words, "y", key[:2], until)
-            self.views[key] = View(buffer, tile.row, tile.col, 0, tile.cols * pixel_words, pixel_words)
+            self.views[key] = self._band(name, f"{name}[{group.tile}.{group.chunk}]", "y", group, until)
         return self.views[key]
+
+    def _band(self, name: str, title: str, kind: Kind, group: Group, cooldown: int = -1) -> View:
+        """A buffer for the group's chunk of output channels of its tile."""
+        tile, layout = self.plans[group.layer].tiles[group.tile], self.p.layouts[name]
+        first, bricks = self._chunk(group, layout)
+        words = bricks * layout.brick_words
+        buffer = self._buffer(title, tile.pixels * words, kind, group.key, cooldown)
+        return View(buffer, tile.row, tile.col, 0, tile.cols * words, words, first, bricks)
+
+    def _chunk(self, group: Group, layout: Layout) -> tuple[int, int]:
+        """First brick and number of bricks of the group's chunk."""
+        packed, plan = self.p.packed[group.layer], self.plans[group.layer]
+        if packed is None or plan.chunk >= len(packed.tiles):
+            return 0, layout.bricks
+        first = packed.tiles[group.chunk * plan.chunk].brick
+        last = packed.tiles[min((group.chunk + 1) * plan.chunk, len(packed.tiles)) - 1]
+        return first, last.brick + last.bricks - first
 
     def _loads(self, group: Group, *, early: bool = False) -> None:
         """Bring the tile's operands into the activation buffer, unless that has happened already.
 
         ``early``: only if the tensors have been stored by now.
         """
-        key = (group.layer, group.tile)
+        key = group.key
         if key in self.done_loads:
             return
         layer = self.p.layers[group.layer]
         tile = self.plans[group.layer].tiles[group.tile]
-        operands = [(layer.inputs[0], input_rect(layer, tile, self.p.layouts[layer.inputs[0]]), "x")]
+        operands = []
+        if group.chunk == 0:
+            operands.append((layer.inputs[0], input_rect(layer, tile, self.p.layouts[layer.inputs[0]]), "x"))
         if len(layer.inputs) > 1:
             operands.append((layer.inputs[1], tile, "add"))
         if early and not all(self._in_dram(name, rect) for name, rect, _ in operands):
@@ -383,13 +419,15 @@ class Builder:
             if name in self.p.residents:
                 self._load_resident(name, rect, key)
                 continue
-            layout = self.p.layouts[name]
-            buffer = self._buffer(
-                f"{name}@{layer.output}[{group.tile}]", rect.pixels * layout.pixel_words,
-                "x" if kind == "x" else "add", key,
-            )  # fmt: skip
-            view = View(buffer, rect.row, rect.col, 0, rect.cols * layout.pixel_words, layout.pixel_words)
-            self.views[(*key, kind)] = view
+            title = f"{name}@{layer.output}[{group.tile}.{group.chunk}]"
+            if kind == "add":
+                view = self._band(name, title, "add", group)
+            else:
+                layout = self.p.layouts[name]
+                words = layout.pixel_words
+                buffer = self._buffer(title, rect.pixels * words, "x", key)
+                view = View(buffer, rect.row, rect.col, 0, rect.cols * words, words, 0, layout.bricks)
+            self.views[key, kind] = view
             self._transfer(Opcode.LOAD, name, rect, view, group.layer)
         self.done_loads.add(key)
 
@@ -401,7 +439,7 @@ class Builder:
             return False
         return bool(done[rect.row : rect.row + rect.rows, rect.col : rect.col + rect.cols].all())
 
-    def _load_resident(self, name: str, rect: Rect, origin: tuple[int, int]) -> None:
+    def _load_resident(self, name: str, rect: Rect, origin: Unit) -> None:
         """Graph inputs that stay in the buffer arrive as their rows are needed."""
         view = self._resident(name, origin)
         if name not in self.graph.inputs:
@@ -415,7 +453,7 @@ class Builder:
     def _operand_view(self, group: Group, name: str, kind: str) -> View:
         if name in self.p.residents:
             return self.resident_views[name]
-        return self.views[group.layer, group.tile, kind]
+        return self.views[(group.layer, group.tile, 0 if kind == "x" else group.chunk), kind]
 
     # Weights ---------------------------------------------------------------------------------------------------
 
@@ -479,8 +517,11 @@ class Builder:
         self.operations.append(Operation(opcode, fields, local, layer))
 
     def _transfer(self, opcode: Opcode, name: str, rect: Rect, view: View, layer: int) -> None:
-        """Move a rectangle of a tensor between DRAM and its view in the buffer."""
+        """Move a rectangle of a tensor between DRAM and its view in the buffer: those bricks that the view has."""
         layout, place = self.p.layouts[name], self.places[name]
+        if view.bricks < layout.bricks:
+            self._transfer_bricks(opcode, name, rect, view, layer)
+            return
         first = place.offset + rect.row * layout.row_words + rect.col * layout.pixel_words
         buffer, local = view.at(rect.row, rect.col)
         words = rect.cols * layout.pixel_words
@@ -511,6 +552,26 @@ class Builder:
                     "count0": min(_ROW_LIMIT, count - part),
                 }
                 self._operation(opcode, fields, {"local_addr": (buffer, local + row * view.row_words + part)}, layer)
+
+    def _transfer_bricks(self, opcode: Opcode, name: str, rect: Rect, view: View, layer: int) -> None:
+        """Move some bricks of every pixel: a row per pixel, a plane per row of pixels."""
+        layout, place = self.p.layouts[name], self.places[name]
+        first = place.offset + rect.row * layout.row_words + rect.col * layout.pixel_words
+        first += view.first_brick * layout.brick_words
+        fields = {
+            "region": place.region,
+            "dram_addr": first,
+            "count0": view.pixel_words,
+            "count1": rect.cols,
+            "count2": rect.rows,
+            "dram_step1": layout.pixel_words,
+            "dram_step2": layout.row_words,
+            "local_step1": view.pixel_words,
+            "local_step2": signed_step(view.row_words),
+        }
+        if opcode is Opcode.LOAD:
+            fields["target"] = LoadTarget.ACTIVATIONS
+        self._operation(opcode, fields, {"local_addr": view.at(rect.row, rect.col)}, layer)
 
     @staticmethod
     def _window(layer: Layer, tile: Rect, x: Layout, tap: tuple[int, int]) -> tuple[dict[str, int], tuple[int, int]]:
@@ -575,14 +636,14 @@ class Builder:
             "bricks": column.bricks,
             "part": column.part,
         }
-        local = {"out_addr": (buffer, offset + column.brick * MODE_WORDS[layer.mode])}
+        local = {"out_addr": (buffer, offset + (column.brick - y.first_brick) * MODE_WORDS[layer.mode])}
         if layer.mode is not OutputMode.RAW32:
             fields |= {"zero": layer.zero, "low": layer.low, "high": layer.high}
         if layer.add is not None:
             other = self._operand_view(group, layer.inputs[1], "add")
             wide = int(self.graph.tensors[layer.inputs[1]].bits == 8)
             add_buffer, add_offset = other.at(tile.row, tile.col)
-            local["add_addr"] = (add_buffer, add_offset + column.brick * (1 + wide))
+            local["add_addr"] = (add_buffer, add_offset + (column.brick - other.first_brick) * (1 + wide))
             fields |= {
                 "add": 1,
                 "add_wide": wide,
@@ -660,11 +721,12 @@ def schedule(graph: Graph, arch: ArchConfig, options: CompileOptions, cost: Cost
         if not failed:
             break
         for k in failed:
-            layer, tile = builder.buffer_origin[k]
+            unit = builder.buffer_origin[k]
+            layer = unit[0]
             if requests[k].kind == "resident":
                 planner.residents.discard(requests[k].name)
-            elif (layer, tile) not in planner.no_hoist and plans[layer].prefetch:
-                planner.no_hoist.add((layer, tile))
+            elif unit not in planner.no_hoist and plans[layer].prefetch:
+                planner.no_hoist.add(unit)
             else:
                 _tighten(planner, layer)
     if problems := verify_allocation(requests, addresses, arch.act_depth):

@@ -43,7 +43,12 @@ class Layout:
 
     height: int
     width: int
-    pixel_words: int
+    bricks: int
+    brick_words: int
+
+    @property
+    def pixel_words(self) -> int:
+        return self.bricks * self.brick_words
 
     @property
     def row_words(self) -> int:
@@ -56,7 +61,7 @@ class Layout:
 
 def tensor_layout(shape: tuple[int, int, int], bits: int, arch: ArchConfig) -> Layout:
     channels, height, width = shape
-    return Layout(height, width, groups(channels, arch.lanes) * planes(bits))
+    return Layout(height, width, groups(channels, arch.lanes), planes(bits))
 
 
 def input_rect(layer: Layer, tile: Rect, x: Layout) -> Rect:
@@ -97,6 +102,8 @@ class LayerPlan:
         Output tiles in order.
     order : {"tiles", "columns"}
         Outer loop: over output tiles, or over column tiles (where everything is resident and weights are not).
+    chunk : int
+        Column tiles whose output (and stored operand) is in the buffer at once, where it is banded.
     keep_weights : bool
         Every block of weights stays in the weight buffer for the whole layer.
     prefetch : bool
@@ -107,6 +114,7 @@ class LayerPlan:
 
     tiles: tuple[Rect, ...]
     order: Literal["tiles", "columns"]
+    chunk: int
     keep_weights: bool
     prefetch: bool
     cycles: float
@@ -120,14 +128,14 @@ def _interior(layer: Layer, rows: int, cols: int, x: Layout) -> tuple[int, int]:
     return min(span[0], x.height), min(span[1], x.width)
 
 
-def tile_words(layer: Layer, rows: int, cols: int, demand: Demand) -> int:
-    """Most words of the activation buffer that the bands of any tile of that size take."""
+def tile_words(layer: Layer, rows: int, cols: int, demand: Demand, bricks: int) -> tuple[int, int]:
+    """Most words of the activation buffer that any tile of that size takes: its input, and ``bricks`` output bricks."""
     in_rows, in_cols = _interior(layer, rows, cols, demand.x)
-    words = demand.x_banded * in_rows * in_cols * demand.x.pixel_words
-    words += demand.y_banded * rows * cols * demand.y.pixel_words
+    x_words = demand.x_banded * in_rows * in_cols * demand.x.pixel_words
+    words = demand.y_banded * demand.y.brick_words
     if demand.add is not None:
-        words += demand.add_banded * rows * cols * demand.add.pixel_words
-    return words
+        words += demand.add_banded * demand.add.brick_words
+    return x_words, rows * cols * words * min(bricks, demand.y.bricks)
 
 
 def _sizes(total: int, limit: int) -> Iterator[int]:
@@ -157,28 +165,55 @@ def plan_layer(
     """The cheapest plan, or None where not even the smallest tile fits ``demand.room``."""
     y = demand.y
     limit = min(arch.acc_depth if packed is not None else TILE_LIMIT * TILE_LIMIT, tile_pixels or 1 << 30)
-    best: tuple[float, int, int, bool] | None = None
+    best: tuple[float, int, int, int, bool] | None = None
     model = _Model(layer, packed, demand, arch, cost)
+    columns = len(packed.tiles) if packed is not None else 1
     for cols in _sizes(y.width, min(TILE_LIMIT, limit)):
         if _interior(layer, 1, cols, demand.x)[1] > WINDOW_LIMIT:
             continue
         for rows in _sizes(y.height, min(TILE_LIMIT, limit // cols)):
-            words = tile_words(layer, rows, cols, demand)
-            if words > demand.room or _interior(layer, rows, cols, demand.x)[0] > WINDOW_LIMIT:
+            if _interior(layer, rows, cols, demand.x)[0] > WINDOW_LIMIT:
                 continue
-            double = prefetch and 2 * words <= demand.room
-            cycles = model.cycles(rows, cols, double)
-            if best is None or cycles < best[0]:
-                best = (cycles, rows, cols, double)
+            several = rows < y.height or cols < y.width
+            for chunk in _chunks(columns, demand, arch):
+                bricks = chunk_bricks(chunk, columns, demand, arch)
+                x_words, out_words = tile_words(layer, rows, cols, demand, bricks)
+                if x_words + out_words > demand.room:
+                    continue
+                double = prefetch and (1 + several) * x_words + 2 * out_words <= demand.room
+                cycles = model.cycles(rows, cols, double, bricks)
+                if best is None or cycles < best[0]:
+                    best = (cycles, rows, cols, chunk, double)
     if best is None:
         return None
-    cycles, rows, cols, double = best
+    cycles, rows, cols, chunk, double = best
     tiles = tuple(
         Rect(r, c, min(rows, y.height - r), min(cols, y.width - c))
         for r in range(0, y.height, rows)
         for c in range(0, y.width, cols)
     )
-    return LayerPlan(tiles, model.order, model.keep_weights, double, cycles)
+    return LayerPlan(tiles, model.order, chunk, model.keep_weights, double, cycles)
+
+
+def _chunks(columns: int, demand: Demand, arch: ArchConfig) -> Iterator[int]:
+    """Numbers of column tiles worth holding at once: all, or fewer in whole bricks while rows stay worth a burst."""
+    yield columns
+    if not (demand.y_banded or demand.add_banded):
+        return
+    last = columns
+    for share in (2, 4, 8):
+        chunk = -(-columns // (share * arch.parts_per_brick)) * arch.parts_per_brick
+        if chunk >= last or chunk_bricks(chunk, columns, demand, arch) < 4:
+            continue
+        yield chunk
+        last = chunk
+
+
+def chunk_bricks(chunk: int, columns: int, demand: Demand, arch: ArchConfig) -> int:
+    """Output bricks of ``chunk`` of the layer's ``columns`` column tiles; all for a pool."""
+    if chunk >= columns:
+        return demand.y.bricks
+    return min(demand.y.bricks, chunk // arch.parts_per_brick * arch.bricks_per_tile)
 
 
 def _latency(cost: CostParameters) -> int:
@@ -195,6 +230,7 @@ class _Model:
         banded = demand.x_banded or demand.y_banded or demand.add_banded
         self.weight_words = sum(len(b) for b in packed.blocks) // arch.word_bytes if packed else 0
         self.keep_weights = self.weight_words <= arch.weight_depth
+        self.terms = sum(len(t.terms) for t in packed.tiles) if packed else 0
         tile_blocks = 0
         if packed is not None:
             tile_blocks = max(sum(len(packed.blocks[b]) for b in t.blocks) for t in packed.tiles) // arch.word_bytes
@@ -203,46 +239,52 @@ class _Model:
             "columns" if not banded and not self.keep_weights and fits else "tiles"
         )
 
-    def cycles(self, rows: int, cols: int, double: bool) -> float:
+    def cycles(self, rows: int, cols: int, double: bool, bricks: int) -> float:
+        """Estimate for tiles of ``rows x cols``, ``bricks`` output bricks at once."""
         d, arch, cost, layer = self.demand, self.arch, self.cost, self.layer
         count = -(-d.y.height // rows) * -(-d.y.width // cols)
         pixels = rows * cols
+        parts = -(-d.y.bricks // bricks)
         in_rows, in_cols = _interior(layer, rows, cols, d.x)
-        x_words, row_words = in_rows * in_cols * d.x.pixel_words, in_cols * d.x.pixel_words
         load = store = 0
         if d.x_banded:
-            whole = in_cols == d.x.width
-            load += _latency(cost) + transfer_cycles(arch, 1 if whole else in_rows, x_words if whole else row_words)
-        out_words = pixels * d.y.pixel_words
+            load += _latency(cost) + self._transfer(in_rows, in_cols, d.x, d.x.bricks)
         if d.add_banded and d.add is not None:
-            load += _latency(cost) + transfer_cycles(arch, 1, pixels * d.add.pixel_words)
+            load += parts * (_latency(cost) + self._transfer(rows, cols, d.add, bricks))
         if d.y_stored:
-            whole = cols == d.y.width
-            rows_moved = 1 if whole else rows
-            store = cost.write_latency + transfer_cycles(arch, rows_moved, out_words // rows_moved)
+            store = parts * (cost.write_latency + self._transfer(rows, cols, d.y, bricks))
         if self.packed is None:
             words = pixels * d.x.pixel_words
             busy = words * layer.kernel[0] * layer.kernel[1] + cost.pool_overhead
-            steady, tail = self._combine(busy, load, store, double), store
-            return count * steady + load + tail
+            return count * self._combine(busy, load, store, double) + load + store
         tiles = self.packed.tiles
         assert isinstance(layer, MacLayer)
-        mac = sum(t.passes for t in tiles) * pass_cycles(arch, pixels, cost)
-        add_words = 0 if layer.add is None or d.add is None else d.add.pixel_words // max(1, self._groups())
+        mac = self.packed.passes * self._passes(rows, cols) / count
+        add_words = d.add.brick_words if d.add is not None else 0
         last = drain_cycles(arch, pixels, tiles[-1].bricks, layer.mode, add_words)
-        post = sum(drain_cycles(arch, pixels, t.bricks, layer.mode, add_words) for t in tiles)
+        post = drain_cycles(arch, pixels, sum(t.bricks for t in tiles), layer.mode, add_words)
         post += len(tiles) * (cost.post_start + cost.post_end + arch.param_words)
         reloads = 1 if self.keep_weights or self.order == "columns" else count
-        blocks = len(self.packed.blocks)
-        weights = transfer_cycles(arch, 1, self.weight_words) + blocks * _latency(cost)
-        terms = sum(len(t.terms) for t in tiles)
-        fetch = (terms + len(tiles) + 2) * 8  # instructions share the bus with the loads
+        weights = transfer_cycles(arch, 1, self.weight_words) + len(self.packed.blocks) * cost.burst_interval
+        fetch = (self.terms + len(tiles) + 2) * 4  # instructions share the bus with the loads
         steady = self._combine(max(mac, post), load + weights * reloads / count + fetch, store, double)
-        first = load + transfer_cycles(arch, 1, self.weight_words // max(1, len(tiles)))
+        first = load + transfer_cycles(arch, 1, self.weight_words // len(tiles))
         return count * steady + first + last + store + cost.post_start + cost.post_end
 
-    def _groups(self) -> int:
-        return self.packed.tiles[-1].brick + self.packed.tiles[-1].bricks if self.packed else 1
+    def _passes(self, rows: int, cols: int) -> int:
+        """Cycles of one pass over all tiles, smaller ones at the edges included."""
+        edges = []
+        for total, size in ((self.demand.y.height, rows), (self.demand.y.width, cols)):
+            edges.append([(size, total // size), (total % size, 1)] if total % size else [(size, total // size)])
+        return sum(m * n * pass_cycles(self.arch, r * c, self.cost) for r, m in edges[0] for c, n in edges[1])
+
+    def _transfer(self, rows: int, cols: int, layout: Layout, bricks: int) -> int:
+        """Data cycles of a rectangle of which ``bricks`` per pixel move."""
+        if bricks < layout.bricks:
+            return transfer_cycles(self.arch, rows * cols, bricks * layout.brick_words, self.cost)
+        if cols < layout.width:
+            return transfer_cycles(self.arch, rows, cols * layout.pixel_words, self.cost)
+        return transfer_cycles(self.arch, 1, rows * cols * layout.pixel_words, self.cost)
 
     @staticmethod
     def _combine(compute: float, load: float, store: float, double: bool) -> float:
