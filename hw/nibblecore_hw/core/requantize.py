@@ -126,16 +126,20 @@ class RoundShiftClamp(wiring.Component):
         """One stage of the shifter: the low ``keep`` bits of ``value >> amount`` or ``value``, the top one the sign."""
         n, sign = len(value), value[-1]
 
-        def fits(shift: int) -> Value:
-            above = value[shift + keep - 1 :] if shift + keep - 1 < n - 1 else None
-            return Const(1, 1) if above is None else ~above.any() | above.all()
+        def differ(start: int, stop: int) -> Value:
+            """Whether any of these bits is not the sign. Written so that a LUT takes three of them and the sign."""
+            start, stop = min(start, n - 1), min(stop, n - 1)
+            return (value[start:stop] ^ sign.replicate(stop - start)).any() if start < stop else Const(0, 1)
 
         shifted = Signal(signed(min(keep, n)), name=f"stage_{amount}")
         lost = Signal(name=f"lost_{amount}")
         width = len(shifted) - 1
         straight = Cat(value[:width], sign)
         moved = Cat(value[amount : amount + width], *[sign] * (width - max(0, min(width, n - amount))), sign)
-        m.d.comb += [shifted.eq(Mux(by, moved, straight)), lost.eq(dropped | Mux(by, ~fits(amount), ~fits(0)))]
+        m.d.comb += [
+            shifted.eq(Mux(by, moved, straight)),
+            lost.eq(dropped | differ(amount + keep - 1, n) | (differ(keep - 1, amount + keep - 1) & ~by)),
+        ]
         return shifted, lost
 
     @staticmethod
