@@ -225,6 +225,8 @@ class WordFifo(wiring.Component):
 class PostUnit(wiring.Component):
     """Executes POST and POOL (:mod:`nibblecore.arch.isa`) with ``post_lanes`` requantization lanes.
 
+    A lane takes four 18x18 multipliers: two of :class:`RequantLane`, two of :class:`ResidualLane`.
+
     One instruction at a time. With ``steps = min(lanes, columns) // post_lanes``, a POST takes per pixel and brick
 
     - INT4, INT8: ``steps`` cycles, but at least one per word written (1, 2) and per word read by ``add`` (1, 2);
