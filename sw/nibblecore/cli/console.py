@@ -46,7 +46,9 @@ def table(title: str, *columns: str) -> Table:
     """A table; columns whose name ends in ``>`` are right-aligned."""
     result = Table(title=title, title_justify="left", title_style="bold")
     for column in columns:
-        result.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", no_wrap=True)
+        number = column.endswith(">")
+        # Text gives way on a narrow terminal, numbers do not.
+        result.add_column(column.rstrip(">"), justify="right" if number else "left", no_wrap=number, overflow="fold")
     return result
 
 
