@@ -274,9 +274,12 @@ def test_cycles() -> None:
         assert not ctx.get(bus.rvalid)
         await ctx.tick()
         assert ctx.get(bus.bvalid)
-        assert ctx.get(bus.rvalid)
+        assert not ctx.get(bus.rvalid)
         assert ctx.get(dut.region0_base) == 5
         assert ctx.get(dut.region0_base_stb)
+        await ctx.tick()
+        assert ctx.get(bus.rvalid)
+        assert not ctx.get(dut.region0_base_stb)
 
     simulate(dut, bench)
 

@@ -186,10 +186,10 @@ class Control(wiring.Component):
             port, n = self.engine(engine), int(engine)
             moves += [port.command.valid & port.command.ready, port.done_stb]
             quiet += [stage.empty, ~port.busy]
-            m.d.comb += [
+            m.d.comb += supervisor.error_index[n].eq(stage.index)
+            m.d.sync += [
                 supervisor.executing[n].eq(stage.executing),
                 supervisor.waits[n].eq(stage.waiting | stage.held),
-                supervisor.error_index[n].eq(stage.index),
             ]
             if engine in DMA_ENGINES:
                 idle.append(port.idle)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from amaranth import Cat, Module, Signal, Value
+from amaranth import Cat, Module, Mux, Signal, Value
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Member, Out
 
@@ -16,6 +16,8 @@ from .counters import COUNTER_BITS, SLOTS
 OKAY, SLVERR = 0, 2
 
 _COUNTER_NAMES = {f"COUNT_{c.name}": c for c in Counter}
+# A counter's turn is found in its address.
+assert all(REGISTERS[name].offset >> 2 & SLOTS - 1 == c for name, c in _COUNTER_NAMES.items())
 
 
 def constants(arch: ArchConfig) -> dict[str, int]:
@@ -47,7 +49,7 @@ class Csr(wiring.Component):
     write-only register gives 0. The two lowest address bits are ignored. Write strobes select bytes.
 
     Cycles: a write acts, and its response is valid, in the second cycle after address and data were both accepted; read
-    data are valid 2 cycles after the address was accepted, those of a counter up to 16 cycles later.
+    data are valid 3 cycles after the address was accepted, those of a counter up to 15 cycles later.
 
     Parameters
     ----------
@@ -62,7 +64,7 @@ class Csr(wiring.Component):
         For every register that is neither constant, write-only nor a counter, by its name in lower case: what ``rw``
         registers hold, and what ``ro`` and ``w1c`` registers shall read as.
     <register>_ones : Out(32)
-        For ``wo`` and ``w1c`` registers: the bits that are written as 1 in this cycle.
+        For ``wo`` and ``w1c`` registers: the bits that were written as 1; 0 in all other cycles.
     <register>_stb : Out(1)
         For ``rw`` registers: written; the register holds the new value in this cycle.
     slot, count : In(4), In(32)
@@ -131,6 +133,8 @@ class Csr(wiring.Component):
         for name, register in REGISTERS.items():
             if register.access == "rw":
                 m.d.sync += getattr(self, f"{member(name)}_stb").eq(0)
+            elif register.access != "ro":
+                m.d.sync += getattr(self, f"{member(name)}_ones").eq(0)
         with m.If(act), m.Switch(index):
             for name, register in REGISTERS.items():
                 if register.access == "ro":
@@ -146,7 +150,7 @@ class Csr(wiring.Component):
                             with m.If(strobe):
                                 m.d.sync += held[8 * n : 8 * n + 8].eq((word & mask)[8 * n : 8 * n + 8])
                     else:
-                        m.d.comb += getattr(self, f"{member(name)}_ones").eq(word & selected & mask)
+                        m.d.sync += getattr(self, f"{member(name)}_ones").eq(word & selected & mask)
 
     def _read(self, m: Module) -> None:
         bus = self.s_axil
@@ -158,32 +162,37 @@ class Csr(wiring.Component):
         with m.If(bus.rvalid & bus.rready):
             m.d.sync += bus.rvalid.eq(0)
 
-        found = Signal()
-        value = Signal(32)
-        ready = Signal()
-        m.d.comb += ready.eq(1)
-        with m.Switch(index):
-            for name, register in REGISTERS.items():
-                with m.Case(register.offset >> 2):
-                    m.d.comb += [found.eq(1), value.eq(self._value(name, register))]
-                    if name in _COUNTER_NAMES and self._arch.counters:
-                        m.d.comb += ready.eq(self.slot == int(_COUNTER_NAMES[name]))
-        with m.If(busy & ready):
+        # First look the register up, then answer, as soon as it is its turn if it is a counter.
+        looked_up, found, counter = Signal(), Signal(), Signal()
+        value = Signal(32, reset_less=True)
+        with m.If(busy & ~looked_up):
+            m.d.sync += [looked_up.eq(1), found.eq(0), counter.eq(0), value.eq(0)]
+            with m.Switch(index):
+                for name, register in REGISTERS.items():
+                    with m.Case(register.offset >> 2):
+                        m.d.sync += found.eq(1)
+                        if name in _COUNTER_NAMES:
+                            m.d.sync += counter.eq(int(self._arch.counters))
+                        else:
+                            m.d.sync += value.eq(self._value(name, register))
+        answer = Value.cast(value)
+        ready = Value.cast(looked_up)
+        if self._arch.counters:
+            answer = Mux(counter, self.count, value)
+            ready = looked_up & (~counter | (self.slot == index[: len(self.slot)]))
+        with m.If(ready):
             m.d.sync += [
                 busy.eq(0),
+                looked_up.eq(0),
                 bus.rvalid.eq(1),
-                bus.rdata.eq(value),
-                bus.rresp.eq(SLVERR),
+                bus.rdata.eq(answer),
+                bus.rresp.eq(Mux(found, OKAY, SLVERR)),
             ]
-            with m.If(found):
-                m.d.sync += bus.rresp.eq(OKAY)
 
     def _value(self, name: str, register: Register) -> Value | int:
         """What a read of the register gives."""
         if name in self._constants:
             return self._constants[name]
-        if name in _COUNTER_NAMES:
-            return self.count if self._arch.counters else 0
         if register.access == "wo":
             return 0
         return getattr(self, member(name)) & bits_of(register)

@@ -35,7 +35,7 @@ class IssueStage(wiring.Component):
     signals all engines of its ``signal`` mask at once, and waits while one of these semaphores is full. Until it has
     signalled, no further instruction is offered.
 
-    Cycles: an instruction is offered 2 cycles after it was queued in an empty stage, and at most every second cycle.
+    Cycles: an instruction is offered 3 cycles after it was queued in an empty stage, and at most every third cycle.
     ``signal`` is given in the cycle of ``done_stb``, so that an instruction that waits for it is offered 2 cycles after
     ``done_stb``.
 
@@ -126,6 +126,8 @@ class IssueStage(wiring.Component):
         # The header is at the same place in every instruction.
         header = instruction_layout(Opcode.END)
         head = Signal(header)
+        known = Signal()  # `wait` is that of the queue's head
+        wait = Signal(len(Engine), reset_less=True)
         offered = Signal()
         completed = Signal(range(IN_FLIGHT + 1))  # finished by the engine, not signalled yet
         missing = Signal(len(Engine))
@@ -136,22 +138,23 @@ class IssueStage(wiring.Component):
             queue.i.payload.index.eq(self.i.payload.index),
             self.i.ready.eq(queue.i.ready),
             head.as_value().eq(queue.o.payload.word),
-            missing.eq(head.wait & ~self.available),
+            missing.eq(known.replicate(len(Engine)) & wait & ~self.available),
             self.command.valid.eq(offered),
             self.command.payload.eq(queue.o.payload.word),
             queue.o.ready.eq(offered & self.command.ready),
             started.i.valid.eq(offered & self.command.ready),
             started.i.payload.signal.eq(head.signal),
             started.i.payload.index.eq(queue.o.payload.index),
-            self.waiting.eq((queue.o.valid & ~offered).replicate(len(Engine)) & missing),
+            self.waiting.eq((~offered).replicate(len(Engine)) & missing),
         ]
-        # `offered` is a register, so that the semaphores are not in the path to the engine. It costs nothing in
-        # correctness: a semaphore that this engine could take cannot be taken by anybody else.
-        m.d.comb += self.take.eq((offered & self.command.ready).replicate(len(Engine)) & head.wait)
+        # The mask and `offered` are registers: neither the queue's memory nor the semaphores are in the path to the
+        # engine. It costs nothing in correctness: what this engine could take cannot be taken by anybody else.
+        m.d.comb += self.take.eq((offered & self.command.ready).replicate(len(Engine)) & wait)
+        m.d.sync += [wait.eq(head.wait), known.eq(queue.o.valid & ~(offered & self.command.ready))]
         with m.If(offered):
             m.d.sync += offered.eq(~self.command.ready)
         with m.Else():
-            m.d.sync += offered.eq(queue.o.valid & ~missing.any() & started.i.ready & (completed == 0) & ~self.hold)
+            m.d.sync += offered.eq(known & ~missing.any() & started.i.ready & (completed == 0) & ~self.hold)
 
         finishing = self.done_stb | (completed != 0)
         m.d.comb += [
