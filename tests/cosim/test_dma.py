@@ -62,7 +62,15 @@ class DmaPair(wiring.Component):
         return m
 
 
-@pytest.mark.parametrize(("lanes", "bus_bits", "memory"), [(16, 64, "dual"), (16, 32, "dual"), (8, 64, "single")])
+# Each is a build of its own: the first stands for all where time is short.
+@pytest.mark.parametrize(
+    ("lanes", "bus_bits", "memory"),
+    [
+        (16, 32, "dual"),
+        pytest.param(16, 64, "dual", marks=pytest.mark.slow),
+        pytest.param(8, 64, "single", marks=pytest.mark.slow),
+    ],
+)
 def test_copies(lanes: int, bus_bits: int, memory: Any, tmp_path: Path) -> None:
     arch = ArchConfig(name="t", lanes=lanes, columns=4, post_lanes=4, acc_depth=16, act_depth=256, act_banks=2,
                       act_memory=memory, weight_depth=256, bus_bits=bus_bits, burst_beats=16)  # fmt: skip

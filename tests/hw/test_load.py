@@ -200,6 +200,15 @@ def test_short_rows(row: int, cycles: int) -> None:
     assert len(run.ar) == 32
 
 
+def test_short_instructions() -> None:
+    """The docstring's cycles from instruction to instruction."""
+    arch = make_arch(outstanding=16)
+    memory = AxiMemory(size=SIZE, bus_bytes=arch.bus_bytes, seed=1, latency=(6, 6))
+    run = run_load(arch, [isa.make(Opcode.LOAD, region=REGION)] * 4, memory, base=0, size=SIZE)
+    assert run.ar[1] - run.ar[0] == 4
+    assert run.commands[2:] == run.done[:2]
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_bus_errors(seed: int) -> None:
     rng = random.Random(seed)

@@ -222,6 +222,15 @@ def test_short_rows(row: int, cycles: int) -> None:
     assert len(run.aw) == 32
 
 
+def test_short_instructions() -> None:
+    """The docstring's cycles from instruction to instruction."""
+    arch = make_arch(outstanding=16)
+    memory = AxiMemory(size=SIZE, bus_bytes=arch.bus_bytes, seed=1, latency=(6, 6))
+    stores = [isa.make(Opcode.STORE, region=REGION, count0=4)] * 4
+    run = run_store(arch, stores, memory, make_words(arch, 1), base=0, size=SIZE)
+    assert [cycle - run.aw[0] for cycle in run.aw] == [0, 4, 8, 12]
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_bus_errors(seed: int) -> None:
     rng = random.Random(seed)

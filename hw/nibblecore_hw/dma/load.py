@@ -39,8 +39,9 @@ class LoadDma(wiring.Component):
       the number of cycles from ARVALID to the first R beat if R never pauses: long rows pass without a gap between
       bursts and rows. R pauses for nobody else's sake where every burst has 2 words or more and ``outstanding`` bursts
       have as many beats as a burst takes from ARVALID to its last beat;
-    - a LOAD that is given before the bursts of the one before are all sent starts without a gap: its first address
-      follows the last one of the one before by 5 cycles.
+    - at most two instructions are in the engine: the next one is taken while the data of one arrive, its first address
+      follows the last of the one before by 4 cycles, and its words follow without a gap if L is not longer than the
+      words that are still to come; a third one is taken in the cycle of the first one's ``done_stb``.
 
     After an error, or once ``stop`` has been seen, the engine starts no burst, takes no command and writes nothing;
     what is in flight is taken from the bus and dropped. Only a reset leads out of that, and must not come before
@@ -79,7 +80,7 @@ class LoadDma(wiring.Component):
         If a burst cannot hold a word.
     """
 
-    AR_LATENCY = 4
+    AR_LATENCY = 5
     WRITE_LATENCY = 1
 
     command: Any

@@ -16,25 +16,23 @@ REGION_BITS = 32
 class RegionCheck(wiring.Component):
     """Byte address of an access to a region, and whether the access is allowed.
 
-    Combinational: two adders and a comparison. It allows ``count_m1 + 1`` units from ``offset`` on if all of them lie
-    in the region (so a region of size 0 refuses everything, and a size that is no multiple of the unit counts as the
-    next lower one), the base is a multiple of the unit, and the first one lies below ``2**addr_bits``. An access that
-    does not cross a multiple of 4 KiB, as AXI demands of bursts, then ends below ``2**addr_bits`` too. Nothing wraps.
+    Combinational: an adder beside a comparison. It allows the units from ``offset`` to the one before ``end`` if all of
+    them lie in the region (so a region of size 0 refuses everything, and a size that is no multiple of the unit counts
+    as the next lower one), the base is a multiple of the unit, and the first one lies below ``2**addr_bits``. An access
+    that does not cross a multiple of 4 KiB, as AXI demands of bursts, then ends below ``2**addr_bits`` too.
 
     Parameters
     ----------
     unit_bytes : int
         Bytes of a unit; a power of two.
-    count_bits : int
-        Width of ``count_m1``, at least 1 and at most ``offset_bits``.
     addr_bits : int
         Width of a byte address, at least 16.
 
     Attributes
     ----------
     offset_bits : int
-        Width of ``offset``: one bit more than offsets within the largest region have, so that a step from one of them
-        can be added without wrapping, and is refused if it leads out.
+        Width of ``offset`` and ``end``: one bit more than offsets within the largest region have, so that a step from
+        one of them can be added without wrapping, and is refused if it leads out.
 
     Members
     -------
@@ -42,8 +40,9 @@ class RegionCheck(wiring.Component):
         The region, in bytes.
     offset : In(offset_bits)
         First unit, relative to the region.
-    count_m1 : In(count_bits)
-        Units minus 1.
+    end : In(offset_bits)
+        ``offset`` plus the number of units, which must be in ``1..2**(offset_bits - 1)``; it may have wrapped where
+        ``offset`` is beyond every region, which is refused for that.
     address : Out(addr_bits)
         Byte address of the first unit, if ``ok``.
     ok : Out(1)
@@ -58,17 +57,15 @@ class RegionCheck(wiring.Component):
     base: Signal
     size: Signal
     offset: Signal
-    count_m1: Signal
+    end: Signal
     address: Signal
     ok: Signal
 
-    def __init__(self, *, unit_bytes: int, count_bits: int, addr_bits: int) -> None:
+    def __init__(self, *, unit_bytes: int, addr_bits: int) -> None:
         if unit_bytes < 1 or unit_bytes & (unit_bytes - 1):
             raise ValueError(f"unit_bytes must be a power of two, not {unit_bytes!r}")
         self.unit_log2 = ceil_log2(unit_bytes)
         self.offset_bits = REGION_BITS - self.unit_log2 + 1
-        if not 1 <= count_bits <= self.offset_bits:
-            raise ValueError(f"count_bits must be in 1..{self.offset_bits}, not {count_bits!r}")
         if addr_bits < 16:
             raise ValueError(f"addr_bits must be at least 16, not {addr_bits!r}")
         self.addr_bits = addr_bits
@@ -77,7 +74,7 @@ class RegionCheck(wiring.Component):
                 "base": In(REGION_BITS),
                 "size": In(REGION_BITS),
                 "offset": In(self.offset_bits),
-                "count_m1": In(count_bits),
+                "end": In(self.offset_bits),
                 "address": Out(addr_bits),
                 "ok": Out(1),
             }
@@ -86,14 +83,16 @@ class RegionCheck(wiring.Component):
     def elaborate(self, platform: Any) -> Module:
         m = Module()
         low = self.unit_log2
-        # Sums are one bit wider than their operands, so they cannot wrap.
         first = Signal(self.offset_bits + 1)
-        last = Signal(self.offset_bits + 1)
         m.d.comb += [
             first.eq(self.base[low:] + self.offset),
-            last.eq(self.offset + self.count_m1),
             self.address.eq(first << low),
-            self.ok.eq((last < self.size[low:]) & ~self.base[:low].any() & ~first[self.addr_bits - low :].any()),
+            self.ok.eq(
+                ~self.offset[-1]
+                & (self.end <= self.size[low:])
+                & ~self.base[:low].any()
+                & ~first[self.addr_bits - low :].any()
+            ),
         ]
         return m
 

@@ -50,8 +50,8 @@ class StoreDma(wiring.Component):
     - ``done_stb`` comes one cycle after the last response was taken. So an instruction of n words takes ``W_LATENCY +
       n * beats_per_word + B + 1`` cycles, where B is the number of cycles from the last beat's transfer to its
       response's;
-    - a STORE that is given before the bursts of the one before are all sent starts without a gap: its first address
-      follows the last one of the one before by 5 cycles.
+    - a STORE that waits is taken in the cycle in which the last burst of the one before can be sent and its last word
+      is requested, whichever is later; its first address follows the last of the one before by 4 cycles at least.
 
     After an error, or once ``stop`` has been seen, the engine starts no burst and takes no command; bursts that are in
     flight are ended with beats that write nothing (WSTRB = 0; a beat that is being offered stays as it is). Only a
@@ -89,7 +89,7 @@ class StoreDma(wiring.Component):
         If a burst cannot hold a word.
     """
 
-    AW_LATENCY = 4
+    AW_LATENCY = 5
     W_LATENCY = 6
     QUEUE_WORDS = 8
     """Words that can be read ahead."""
@@ -236,7 +236,7 @@ class StoreDma(wiring.Component):
             lasts.o.ready.eq(bus.bvalid),
             refused.eq(issue.refused & ~halted),
             bad_response.eq(bus.bvalid & is_error(bus.bresp) & ~halted),
-            self.busy.eq(~issue.i.ready | ~issue.idle),
+            self.busy.eq(issue.busy),
             self.done_stb.eq(done),
             self.error_stb.eq(error_stb),
             self.error_cause.eq(cause),

@@ -64,9 +64,9 @@ class BurstWalk(wiring.Component):
     burst is checked against the region as the CSRs described it when the instruction was taken. The first one that
     would leave it raises ``refused`` instead of ``bursts.valid``, which then stays until reset.
 
-    Cycles: the first burst is offered 3 cycles after the one in which ``i`` transfers, and one every 2 cycles after
-    that while they are taken at once, across rows and planes too. The next instruction can be taken in the cycle after
-    the one in which the last burst is.
+    Cycles: the first burst is offered 4 cycles after the one in which ``i`` transfers, and one every 2 cycles after
+    that while they are taken at once, across rows and planes too. The next instruction can be taken in the cycle in
+    which the last burst is offered.
 
     Parameters
     ----------
@@ -80,8 +80,10 @@ class BurstWalk(wiring.Component):
     bursts : Out(stream.Signature(burst_layout(arch)))
     refused : Out(1)
         The next burst would leave the region; stays until reset.
-    region : Out(region_layout())
-        The region of the instruction in progress, for proofs.
+    idle : Out(1)
+        No instruction is in progress and no burst offered.
+    region, burst_region : Out(region_layout())
+        The regions of the instruction in progress and of the burst that is offered, for proofs.
 
     Raises
     ------
@@ -93,7 +95,9 @@ class BurstWalk(wiring.Component):
     i: Any
     bursts: Any
     refused: Signal
+    idle: Signal
     region: Any
+    burst_region: Any
 
     def __init__(self, *, arch: ArchConfig) -> None:
         self.arch = arch
@@ -103,16 +107,16 @@ class BurstWalk(wiring.Component):
                 "i": In(dram_signature()),
                 "bursts": Out(stream.Signature(burst_layout(arch))),
                 "refused": Out(1),
+                "idle": Out(1),
                 "region": Out(region_layout()),
+                "burst_region": Out(region_layout()),
             }
         )
 
     def elaborate(self, platform: Any) -> Module:
         m = Module()
         low_bits = ceil_log2(burst_words(self.arch))
-        m.submodules.check = check = RegionCheck(
-            unit_bytes=self.arch.word_bytes, count_bits=max(1, low_bits), addr_bits=self.arch.addr_bits
-        )
+        m.submodules.check = check = RegionCheck(unit_bytes=self.arch.word_bytes, addr_bits=self.arch.addr_bits)
         word_log2 = ceil_log2(self.arch.word_bytes)
         offset_bits = check.offset_bits
         take, fields = self.i.valid & self.i.ready, self.i.payload
@@ -133,15 +137,14 @@ class BurstWalk(wiring.Component):
         advance = Signal()  # 0: the burst at `here` is measured, 1: the walk steps over it
         words_m1 = Signal(max(1, low_bits), reset_less=True)
         ends_row = Signal(reset_less=True)
-        offer = Signal()
-        offer_offset, offer_words_m1, offer_last = (
-            offset("offer_offset"),
-            Signal.like(words_m1),
-            Signal(reset_less=True),
-        )
+        # A burst to be checked, then one that was: `out_addr` is valid if `out_ok`.
+        found, found_last = Signal(), Signal(reset_less=True)
+        found_offset, found_end, found_words_m1 = offset("found_offset"), offset("found_end"), Signal.like(words_m1)
+        out, out_ok, out_last = Signal(), Signal(reset_less=True), Signal(reset_less=True)
+        out_addr, out_words_m1 = Signal(self.arch.addr_bits, reset_less=True), Signal.like(words_m1)
 
-        # An offered burst is still checked against `base` and `size`.
-        m.d.comb += self.i.ready.eq(~active & ~offer)
+        # A burst that was found is still checked against `base` and `size`.
+        m.d.comb += self.i.ready.eq(~active & ~found)
         with m.If(take):
             region = self.regions[fields.region]
             m.d.sync += [
@@ -165,25 +168,37 @@ class BurstWalk(wiring.Component):
             m.d.comb += block_m1.eq(~(base[word_log2:] + here)[:low_bits])
         ends = left0 <= block_m1
 
-        free = ~offer | (self.bursts.valid & self.bursts.ready)
+        out_free = ~out | (out_ok & self.bursts.ready)
+        found_free = ~found | out_free
         last = ends_row & (left1 == 0) & (left2 == 0)
-        with m.If(self.bursts.valid & self.bursts.ready):
-            m.d.sync += offer.eq(0)
+        with m.If(out_free):
+            m.d.sync += [
+                out.eq(found),
+                out_ok.eq(check.ok),
+                out_addr.eq(check.address),
+                out_words_m1.eq(found_words_m1),
+                out_last.eq(found_last),
+                self.burst_region.eq(self.region),
+                found.eq(0),
+            ]
         with m.If(active & ~advance):
             m.d.sync += [words_m1.eq(Mux(ends, left0, block_m1)), ends_row.eq(ends), advance.eq(1)]
-        with m.If(active & advance & free):
-            # No sum of an offset inside a region and a step wraps; an offset outside is offered, and the walk ends.
+        with m.If(active & advance & found_free):
+            # No sum of an offset inside a region and a step wraps; an offset outside is found, and the walk ends.
+            next_burst = Signal(offset_bits)
             next_row, next_plane = row + step1, plane + step2
+            m.d.comb += next_burst.eq(here + words_m1 + 1)
             m.d.sync += [
-                offer.eq(1),
-                offer_offset.eq(here),
-                offer_words_m1.eq(words_m1),
-                offer_last.eq(last),
+                found.eq(1),
+                found_offset.eq(here),
+                found_end.eq(next_burst),
+                found_words_m1.eq(words_m1),
+                found_last.eq(last),
                 advance.eq(0),
                 active.eq(~last),
             ]
             with m.If(~ends_row):
-                m.d.sync += [here.eq(here + words_m1 + 1), left0.eq(left0 - words_m1 - 1)]
+                m.d.sync += [here.eq(next_burst), left0.eq(left0 - words_m1 - 1)]
             with m.Elif(left1 != 0):
                 m.d.sync += [here.eq(next_row), row.eq(next_row), left0.eq(count0), left1.eq(left1 - 1)]
             with m.Else():
@@ -193,24 +208,35 @@ class BurstWalk(wiring.Component):
         m.d.comb += [
             check.base.eq(base),
             check.size.eq(size),
-            check.offset.eq(offer_offset),
-            check.count_m1.eq(offer_words_m1),
-            self.bursts.valid.eq(offer & check.ok),
-            self.bursts.payload.addr.eq(check.address),
-            self.bursts.payload.words_m1.eq(offer_words_m1),
-            self.bursts.payload.last.eq(offer_last),
-            self.refused.eq(offer & ~check.ok),
+            check.offset.eq(found_offset),
+            check.end.eq(found_end),
+            self.bursts.valid.eq(out & out_ok),
+            self.bursts.payload.addr.eq(out_addr),
+            self.bursts.payload.words_m1.eq(out_words_m1),
+            self.bursts.payload.last.eq(out_last),
+            self.refused.eq(out & ~out_ok),
+            self.idle.eq(~active & ~found & ~out),
             self.region.base.eq(base),
             self.region.size.eq(size),
         ]
         if platform == "formal":
-            # What induction has to know about registers: neither burst leaves its aligned block.
-            offer_block_m1 = Signal.like(block_m1)
-            m.d.comb += offer_block_m1.eq(~(base[word_log2:] + offer_offset)[:low_bits] if low_bits else 0)
+            # What induction has to know about registers: no burst leaves its aligned block, what was found is what is
+            # checked, and what was checked stays checked.
+            found_block_m1 = Signal.like(block_m1)
+            m.d.comb += found_block_m1.eq(~(base[word_log2:] + found_offset)[:low_bits] if low_bits else 0)
             m.d.comb += [
                 Assert(~(active & advance) | (words_m1 <= block_m1)),
-                Assert(~offer | (offer_words_m1 <= offer_block_m1)),
+                Assert(~found | (found_words_m1 <= found_block_m1)),
+                Assert(~found | (found_end == (found_offset + found_words_m1 + 1)[:offset_bits])),
             ]
+            out_end = out_addr + ((out_words_m1 + 1) << word_log2)
+            limit = self.burst_region.base + self.burst_region.size
+            with m.If(self.bursts.valid):
+                m.d.comb += [
+                    Assert((out_addr >= self.burst_region.base) & (out_end <= limit)),
+                    Assert(~out_addr[:word_log2].any()),
+                    Assert(out_addr[word_log2:][:low_bits] + out_words_m1 < 1 << low_bits),
+                ]
         return m
 
 
@@ -218,8 +244,8 @@ class BurstIssue(wiring.Component):
     """:class:`BurstWalk` behind an AXI address channel, with at most ``outstanding`` bursts in flight.
 
     A burst is in flight from the edge at which ``a_valid`` is raised for it to the one with its ``finished_stb``. The
-    address channel is registered: the first address is valid 4 cycles after the one in which ``i`` transfers, and one
-    every 2 cycles after that.
+    first address is valid 5 cycles after the one in which ``i`` transfers, and one every 2 cycles after that if
+    ``a_ready`` does not wait; each cycle that it waits comes on top.
 
     Parameters
     ----------
@@ -235,15 +261,17 @@ class BurstIssue(wiring.Component):
         AXI address channel, ARADDR or AWADDR and so on.
     burst : Out(burst_layout(arch))
     burst_stb : Out(1)
-        A burst is put on the address channel at the next edge.
+        ``a_valid`` is raised for a burst at the next edge.
     finished_stb : In(1)
         A burst has ended.
     idle : Out(1)
         No burst is in flight.
+    busy : Out(1)
+        An instruction is in progress or a burst is in flight.
     refused : Out(1)
         The next burst would leave the region, and all before it have ended; stays until reset.
-    region : Out(region_layout())
-        The region of the instruction in progress, for proofs.
+    region, burst_region : Out(region_layout())
+        As in :class:`BurstWalk`.
     """
 
     regions: Any
@@ -257,8 +285,10 @@ class BurstIssue(wiring.Component):
     burst_stb: Signal
     finished_stb: Signal
     idle: Signal
+    busy: Signal
     refused: Signal
     region: Any
+    burst_region: Any
 
     def __init__(self, *, arch: ArchConfig) -> None:
         self.arch = arch
@@ -275,8 +305,10 @@ class BurstIssue(wiring.Component):
                 "burst_stb": Out(1),
                 "finished_stb": In(1),
                 "idle": Out(1, init=1),
+                "busy": Out(1),
                 "refused": Out(1),
                 "region": Out(region_layout()),
+                "burst_region": Out(region_layout()),
             }
         )
 
@@ -284,30 +316,33 @@ class BurstIssue(wiring.Component):
         m = Module()
         m.submodules.walk = walk = BurstWalk(arch=self.arch)
         wiring.connect(m, wiring.flipped(self.i), walk.i)
-        addr, length = Signal.like(self.a_addr, reset_less=True), Signal.like(self.a_len, reset_less=True)
         valid = Signal()
         in_flight, after = Signal(range(self.arch.outstanding + 1)), Signal(range(self.arch.outstanding + 1))
         full, idle = Signal(), Signal(init=1)
         m.d.comb += [
             walk.regions.eq(self.regions),
-            walk.bursts.ready.eq(self.enable & ~full & (~valid | self.a_ready)),
+            walk.bursts.ready.eq(valid & self.a_ready),
             self.burst.eq(walk.bursts.payload),
-            self.burst_stb.eq(walk.bursts.valid & walk.bursts.ready),
+            self.burst_stb.eq(walk.bursts.valid & ~valid & self.enable & ~full),
             after.eq(in_flight + self.burst_stb - self.finished_stb),
-            self.a_addr.eq(addr),
-            self.a_len.eq(length),
+            self.a_addr.eq(self.burst.addr),
+            # Words to beats, both minus 1: n words of b beats are n*b beats.
+            self.a_len.eq(Cat(Const(1).replicate(ceil_log2(self.arch.beats_per_word)), self.burst.words_m1)),
             self.a_valid.eq(valid),
             self.idle.eq(idle),
+            self.busy.eq(~walk.idle | ~idle),
             self.refused.eq(walk.refused & idle),
             self.region.eq(walk.region),
+            self.burst_region.eq(walk.burst_region),
         ]
-        m.d.sync += [in_flight.eq(after), full.eq(after == self.arch.outstanding), idle.eq(after == 0)]
-        with m.If(~valid | self.a_ready):
-            m.d.sync += valid.eq(self.burst_stb)
-        with m.If(self.burst_stb):
-            # Words to beats, both minus 1: n words of b beats are n*b beats.
-            beats_m1 = Cat(Const(1).replicate(ceil_log2(self.arch.beats_per_word)), self.burst.words_m1)
-            m.d.sync += [addr.eq(self.burst.addr), length.eq(beats_m1)]
+        m.d.sync += [
+            valid.eq(self.burst_stb | (valid & ~self.a_ready)),
+            in_flight.eq(after),
+            full.eq(after == self.arch.outstanding),
+            idle.eq(after == 0),
+        ]
+        if platform == "formal":
+            m.d.comb += Assert(~valid | walk.bursts.valid)
         return m
 
 
