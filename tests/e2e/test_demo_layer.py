@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from nibblecore_sim.transport import SimTransport
 
 from nibblecore.arch.config import get_arch
 from nibblecore.compiler.pipeline import compile_graph
 from nibblecore.ir.interpret import run as interpret
 from nibblecore.ir.random_graph import GraphBuilder
 from nibblecore.runtime.device import Device
+from nibblecore_sim.transport import SimTransport
 
 
 @pytest.mark.cosim

@@ -7,7 +7,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
-import click
 import typer
 
 from .. import __version__
@@ -195,17 +194,8 @@ def main() -> None:
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     try:
         _load_plugins()
-        status = typer.main.get_command(app).main(args=arguments, prog_name="nibblecore", standalone_mode=False)
-        sys.exit(status or 0)
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message())
-        sys.exit(2)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
+        typer.main.get_command(app).main(args=arguments, prog_name="nibblecore")
+    except KeyboardInterrupt:
         ERR.print("interrupted")
         sys.exit(130)
     except NibbleError as error:

@@ -108,7 +108,7 @@ def run(
 
 def execute(program: Program, on: str, images: list[Array], *, quiet: bool, **options: Any) -> list[Result]:
     """All images through one core, with a progress bar."""
-    if on != "golden":
+    if on == "rtl":
         say(f"preparing the simulation of {program.arch.name} (building it takes a minute the first time)", quiet=quiet)
     with open_transport(on, program.arch, **options) as transport, progress(quiet) as bar:
         device = Device(transport)
