@@ -22,7 +22,7 @@ help:
 	@echo "make test         lint, types and every quick test"
 	@echo "make test-all     the same with the slow tests and the synthesis budgets"
 	@echo "make fuzz         random networks, golden model against RTL"
-	@echo "make bench-synth  synthesize and place the named cores; area and clock"
+	@echo "make bench-synth  synthesize, place and route a core; area and clock (ARGS=\"--arch large\")"
 	@echo "make lint         ruff (rules and format)"
 	@echo "make types        mypy"
 	@echo "make format       rewrite the sources in the project's format"
@@ -60,6 +60,9 @@ $(STAMP): requirements.lock pyproject.toml | machine
 			"apt-get install lib$$($(BIN)/python -c 'import sys; print("python%d.%d" % sys.version_info[:2])')" >&2; exit 1; }
 	@touch $@
 
+# As in an activated environment: the tools of the Python packages are on the PATH.
+demo fuzz bench-synth test test-all: export PATH := $(abspath $(BIN)):$(PATH)
+
 # --- what the project does ------------------------------------------------------------------------------------------
 
 demo: $(STAMP)
@@ -69,7 +72,7 @@ fuzz: $(STAMP)
 	$(BIN)/nibblecore fuzz $(ARGS)
 
 bench-synth: $(STAMP)
-	$(BIN)/nibblecore bench-synth $(ARGS)
+	$(BIN)/nibblecore synth $(ARGS)
 
 # --- checks ---------------------------------------------------------------------------------------------------------
 
