@@ -4,8 +4,10 @@ import dataclasses
 import json
 import re
 import resource
+import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
