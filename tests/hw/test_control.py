@@ -344,6 +344,33 @@ def test_tokens_left_over_are_gone_at_the_next_start() -> None:
     core.simulate(bench)
 
 
+def test_cycles_from_start_to_the_first_instruction_and_to_done() -> None:
+    """The figures of the docstring, with a memory that answers in the cycle after the request."""
+    core = Core()
+    core.rng.random = lambda: 0.0  # type: ignore[method-assign]
+    seen: list[tuple[bool, ...]] = []
+
+    async def watch(ctx: SimulatorContext) -> None:
+        dut = core.dut
+        while True:
+            _, _, *now = await ctx.tick().sample(
+                dut.running, dut.load.command.valid, dut.load.done_stb, dut.m_axi.rvalid, dut.irq
+            )
+            seen.append(tuple(now))
+
+    async def bench(ctx: SimulatorContext) -> None:
+        await core.start(ctx, [op(LOAD), END])
+        await core.irq(ctx)
+        assert await core.read(ctx, "COUNT_TOTAL") == sum(running for running, *_ in seen)
+
+    simulate(core.dut, bench, background=[core.bus, *map(core.engine, Engine), watch])
+    running, offer, done, beat, irq = ([n for n, now in enumerate(seen) if now[k]] for k in range(5))
+    assert beat[0] - running[0] == 3
+    assert offer[0] - beat[0] == 4 + 6  # four beats of 64 bits
+    assert running[-1] - done[0] == 2
+    assert irq[0] - running[-1] == 2
+
+
 def test_start_is_ignored_unless_idle() -> None:
     core = Core(duration=lambda engine, number: 100)
 

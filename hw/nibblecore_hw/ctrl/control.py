@@ -57,9 +57,11 @@ class Control(wiring.Component):
     After an error no instruction is offered any more, except one that an engine has been offered but has not accepted
     yet: streams never withdraw. Every engine can count on ``core_reset`` before the next program.
 
-    Cycles: an instruction that waits for nothing is offered to its engine 3 cycles after fetch offers it to the queue;
-    one that waits for an instruction of another engine 2 cycles after that one's ``done_stb``. STATUS shows done 2
-    cycles after the last condition holds; ``irq`` follows 1 cycle later.
+    Cycles: TOTAL counts from the cycle after ``start``; the first request is then 2 cycles away, and the first command
+    is offered ``n + 6`` cycles after its first beat has arrived, with ``n = max(1, 256 / bus_bits)`` beats for each.
+    An instruction that waits for nothing is offered to its engine 3 cycles after fetch offers it to the queue, and at
+    most every third cycle; one that waits for an instruction of another engine 2 cycles after that one's ``done_stb``.
+    The last cycle that counts is 2 cycles after the last ``done_stb``; ``irq`` follows 2 cycles later.
 
     Parameters
     ----------

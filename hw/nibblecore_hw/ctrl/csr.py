@@ -15,6 +15,8 @@ from .counters import COUNTER_BITS, SLOTS
 
 OKAY, SLVERR = 0, 2
 
+_PAGE_LOG2 = 4
+_PAGE = 1 << _PAGE_LOG2
 _COUNTER_NAMES = {f"COUNT_{c.name}": c for c in Counter}
 # A counter's turn is found in its address.
 assert all(REGISTERS[name].offset >> 2 & SLOTS - 1 == c for name, c in _COUNTER_NAMES.items())
@@ -162,30 +164,40 @@ class Csr(wiring.Component):
         with m.If(bus.rvalid & bus.rready):
             m.d.sync += bus.rvalid.eq(0)
 
-        # First look the register up, then answer, as soon as it is its turn if it is a counter.
+        # First look the register up in every page, then choose the page and answer; a counter when it is its turn.
         looked_up, found, counter = Signal(), Signal(), Signal()
-        value = Signal(32, reset_less=True)
-        with m.If(busy & ~looked_up):
-            m.d.sync += [looked_up.eq(1), found.eq(0), counter.eq(0), value.eq(0)]
-            with m.Switch(index):
-                for name, register in REGISTERS.items():
-                    with m.Case(register.offset >> 2):
-                        m.d.sync += found.eq(1)
-                        if name in _COUNTER_NAMES:
-                            m.d.sync += counter.eq(int(self._arch.counters))
-                        else:
-                            m.d.sync += value.eq(self._value(name, register))
-        answer = Value.cast(value)
+        m.d.sync += [looked_up.eq(busy), found.eq(0), counter.eq(0)]
+        pages: dict[int, Signal] = {}
+        for name, register in REGISTERS.items():
+            with m.If(index == register.offset >> 2):
+                m.d.sync += found.eq(1)
+            high, low = divmod(register.offset >> 2, _PAGE)
+            if name in _COUNTER_NAMES:
+                with m.If(index == register.offset >> 2):
+                    m.d.sync += counter.eq(int(self._arch.counters))
+                continue
+            if high not in pages:
+                pages[high] = Signal(32, name=f"page_{high}", reset_less=True)
+                m.d.sync += pages[high].eq(0)
+            with m.If(index[:_PAGE_LOG2] == low):
+                m.d.sync += pages[high].eq(self._value(name, register))
+
+        answer = Signal(32)
         ready = Value.cast(looked_up)
+        with m.Switch(index[_PAGE_LOG2:]):
+            for high, value in pages.items():
+                with m.Case(high):
+                    m.d.comb += answer.eq(value)
         if self._arch.counters:
-            answer = Mux(counter, self.count, value)
+            with m.If(counter):
+                m.d.comb += answer.eq(self.count)
             ready = looked_up & (~counter | (self.slot == index[: len(self.slot)]))
         with m.If(ready):
             m.d.sync += [
                 busy.eq(0),
                 looked_up.eq(0),
                 bus.rvalid.eq(1),
-                bus.rdata.eq(answer),
+                bus.rdata.eq(Mux(found, answer, 0)),
                 bus.rresp.eq(Mux(found, OKAY, SLVERR)),
             ]
 
