@@ -34,7 +34,10 @@ class CostParameters:
     fetch_start, fetch_interval : int
         From start to the first request; per instruction on top of its bus beats.
     mac_start : int
-        Least cycles before a MAC's first pixel; the first weight tile takes ``columns``. Hidden behind the MAC before.
+        Least cycles before a MAC's first pixel; the first weight tile takes ``columns``.
+    mac_prefetch : bool
+        Whether the first tile of a MAC is fetched while the MAC before still streams; if not, ``columns`` cycles pass
+        between the two.
     mac_drain : int
         From a MAC's last pixel to its done pulse, one hop per further column group not counted.
     acc_hazard : int
@@ -57,6 +60,7 @@ class CostParameters:
     fetch_start: int = 6
     fetch_interval: int = 3
     mac_start: int = 4
+    mac_prefetch: bool = False
     mac_drain: int = 11
     acc_hazard: int = 4
     post_start: int = 3
@@ -87,6 +91,11 @@ def pass_cycles(arch: ArchConfig, pixels: int, cost: CostParameters = DEFAULT_CO
     return max(pixels, arch.columns, cost.acc_hazard)
 
 
+def mac_gap(arch: ArchConfig, cost: CostParameters = DEFAULT_COST) -> int:
+    """Cycles between the last pixel's slot of one MAC and the first pixel of the next."""
+    return 0 if cost.mac_prefetch else arch.columns
+
+
 def drain_cycles(arch: ArchConfig, pixels: int, bricks: int, mode: int, add_words: int) -> int:
     """Cycles of POST for ``pixels`` pixels without start and end; ``add_words`` are read per pixel and brick."""
     columns = min(arch.columns, arch.lanes)
@@ -100,12 +109,13 @@ class Timing:
     """Closed form of one instruction.
 
     ``lead`` cycles behind its offer it occupies its engine's data path for ``busy`` cycles, and is done ``tail`` cycles
-    later. Engines that take instructions ahead hide the lead behind the instruction before.
+    later. Engines that take instructions ahead hide the lead behind the instruction before, but for ``gap``.
     """
 
     lead: int
     busy: int
     tail: int
+    gap: int = 0
 
 
 def timing(i: Instruction, arch: ArchConfig, cost: CostParameters = DEFAULT_COST) -> Timing:
@@ -115,7 +125,7 @@ def timing(i: Instruction, arch: ArchConfig, cost: CostParameters = DEFAULT_COST
         busy = passes * pass_cycles(arch, pixels, cost)
         idle = pass_cycles(arch, pixels, cost) - pixels  # behind the last pixel of the last pass
         tail = cost.mac_drain + arch.columns // arch.post_lanes - 2 - idle
-        return Timing(max(cost.mac_start, arch.columns), busy, tail)
+        return Timing(max(cost.mac_start, arch.columns), busy, tail, mac_gap(arch, cost))
     if i.opcode is Opcode.POST:
         add_words = i["add"] * (1 + i["add_wide"])
         busy = drain_cycles(arch, i["rows"] * i["cols"], i["bricks"], i["mode"], add_words)
@@ -149,7 +159,7 @@ class EngineClock:
     def run(self, ready: int, t: Timing) -> Span:
         """Execute an instruction that is offered at ``ready``, its semaphores being there."""
         start = max(ready, self._accept if self._overlaps else self._done)
-        stream = max(start + t.lead, self._free)
+        stream = max(start + t.lead, self._free + t.gap)
         self._accept = stream  # one instruction ahead of the running one
         self._free = stream + t.busy
         self._done = max(self._free + t.tail, self._done + 1)

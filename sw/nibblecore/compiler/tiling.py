@@ -12,7 +12,7 @@ from ..arch.config import ArchConfig
 from ..arch.isa import INSTRUCTIONS, Opcode
 from ..arch.numerics import clamp
 from ..runtime.layout import groups, planes
-from .cost import CostParameters, drain_cycles, pass_cycles, transfer_cycles
+from .cost import CostParameters, drain_cycles, mac_gap, pass_cycles, transfer_cycles
 from .nodes import Layer, MacLayer
 from .pack import PackedLayer
 
@@ -259,7 +259,7 @@ class _Model:
             return count * self._combine(busy, load, store, double) + load + store
         tiles = self.packed.tiles
         assert isinstance(layer, MacLayer)
-        mac = self.packed.passes * self._passes(rows, cols) / count
+        mac = self.packed.passes * self._passes(rows, cols) / count + self.terms * mac_gap(arch, cost)
         add_words = d.add.brick_words if d.add is not None else 0
         last = drain_cycles(arch, pixels, tiles[-1].bricks, layer.mode, add_words)
         post = drain_cycles(arch, pixels, sum(t.bricks for t in tiles), layer.mode, add_words)
