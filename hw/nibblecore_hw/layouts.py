@@ -38,8 +38,14 @@ def word_layout(arch: ArchConfig) -> data.ArrayLayout:
 
 def param_layout() -> data.StructLayout:
     """One requantization record."""
-    return data.StructLayout({"bias": signed(BIAS_BITS), "mult": signed(MULT_BITS), "shift": unsigned(6),
-                              "spare": unsigned(PARAM_BITS - BIAS_BITS - MULT_BITS - 6)})
+    return data.StructLayout(
+        {
+            "bias": signed(BIAS_BITS),
+            "mult": signed(MULT_BITS),
+            "shift": unsigned(6),
+            "spare": unsigned(PARAM_BITS - BIAS_BITS - MULT_BITS - 6),
+        }
+    )
 
 
 def read_port(*, addr_bits: int, word_bits: int) -> Signature:
@@ -58,8 +64,9 @@ def write_port(*, addr_bits: int, word_bits: int, parts: int) -> Signature:
 
     A write happens at a clock edge with ``valid`` and ``ready``; a read granted at a later edge sees it.
     """
-    return Signature({"addr": Out(addr_bits), "data": Out(word_bits), "mask": Out(parts), "valid": Out(1),
-                      "ready": In(1)})
+    return Signature(
+        {"addr": Out(addr_bits), "data": Out(word_bits), "mask": Out(parts), "valid": Out(1), "ready": In(1)}
+    )
 
 
 def acc_read_port(arch: ArchConfig) -> Signature:
@@ -68,9 +75,15 @@ def acc_read_port(arch: ArchConfig) -> Signature:
     ``data`` is valid ``ACC_READ_LATENCY`` edges after an edge with ``en``. Never stalls: programs never drain a bank
     that the array is writing.
     """
-    return Signature({"bank": Out(1), "addr": Out(ceil_log2(arch.acc_depth)),
-                      "group": Out(ceil_log2(arch.columns // arch.post_lanes)), "en": Out(1),
-                      "data": In(data.ArrayLayout(signed(arch.acc_bits), arch.post_lanes))})
+    return Signature(
+        {
+            "bank": Out(1),
+            "addr": Out(ceil_log2(arch.acc_depth)),
+            "group": Out(ceil_log2(arch.columns // arch.post_lanes)),
+            "en": Out(1),
+            "data": In(data.ArrayLayout(signed(arch.acc_bits), arch.post_lanes)),
+        }
+    )
 
 
 READ_LATENCY = 2
@@ -87,30 +100,77 @@ def regions_layout(arch: ArchConfig) -> data.ArrayLayout:
 
 def axi_read_signature(arch: ArchConfig, *, id_bits: int = 1) -> Signature:
     """AXI4 read channels of a master, with their conventional flat names."""
-    return Signature({
-        "arid": Out(id_bits), "araddr": Out(arch.addr_bits), "arlen": Out(8), "arsize": Out(3), "arburst": Out(2),
-        "arlock": Out(1), "arcache": Out(4), "arprot": Out(3), "arvalid": Out(1), "arready": In(1),
-        "rid": In(id_bits), "rdata": In(arch.bus_bits), "rresp": In(2), "rlast": In(1), "rvalid": In(1),
-        "rready": Out(1),
-    })
+    return Signature(
+        {
+            "arid": Out(id_bits),
+            "araddr": Out(arch.addr_bits),
+            "arlen": Out(8),
+            "arsize": Out(3),
+            "arburst": Out(2),
+            "arlock": Out(1),
+            "arcache": Out(4),
+            "arprot": Out(3),
+            "arvalid": Out(1),
+            "arready": In(1),
+            "rid": In(id_bits),
+            "rdata": In(arch.bus_bits),
+            "rresp": In(2),
+            "rlast": In(1),
+            "rvalid": In(1),
+            "rready": Out(1),
+        }
+    )
 
 
 def axi_write_signature(arch: ArchConfig, *, id_bits: int = 1) -> Signature:
     """AXI4 write channels of a master, with their conventional flat names."""
-    return Signature({
-        "awid": Out(id_bits), "awaddr": Out(arch.addr_bits), "awlen": Out(8), "awsize": Out(3), "awburst": Out(2),
-        "awlock": Out(1), "awcache": Out(4), "awprot": Out(3), "awvalid": Out(1), "awready": In(1),
-        "wdata": Out(arch.bus_bits), "wstrb": Out(arch.bus_bytes), "wlast": Out(1), "wvalid": Out(1), "wready": In(1),
-        "bid": In(id_bits), "bresp": In(2), "bvalid": In(1), "bready": Out(1),
-    })
+    return Signature(
+        {
+            "awid": Out(id_bits),
+            "awaddr": Out(arch.addr_bits),
+            "awlen": Out(8),
+            "awsize": Out(3),
+            "awburst": Out(2),
+            "awlock": Out(1),
+            "awcache": Out(4),
+            "awprot": Out(3),
+            "awvalid": Out(1),
+            "awready": In(1),
+            "wdata": Out(arch.bus_bits),
+            "wstrb": Out(arch.bus_bytes),
+            "wlast": Out(1),
+            "wvalid": Out(1),
+            "wready": In(1),
+            "bid": In(id_bits),
+            "bresp": In(2),
+            "bvalid": In(1),
+            "bready": Out(1),
+        }
+    )
 
 
 def axi_lite_signature() -> Signature:
     """AXI4-Lite slave, seen from the slave: 32-bit data."""
-    return Signature({
-        "awaddr": In(CSR_ADDR_BITS), "awprot": In(3), "awvalid": In(1), "awready": Out(1),
-        "wdata": In(32), "wstrb": In(4), "wvalid": In(1), "wready": Out(1),
-        "bresp": Out(2), "bvalid": Out(1), "bready": In(1),
-        "araddr": In(CSR_ADDR_BITS), "arprot": In(3), "arvalid": In(1), "arready": Out(1),
-        "rdata": Out(32), "rresp": Out(2), "rvalid": Out(1), "rready": In(1),
-    })
+    return Signature(
+        {
+            "awaddr": In(CSR_ADDR_BITS),
+            "awprot": In(3),
+            "awvalid": In(1),
+            "awready": Out(1),
+            "wdata": In(32),
+            "wstrb": In(4),
+            "wvalid": In(1),
+            "wready": Out(1),
+            "bresp": Out(2),
+            "bvalid": Out(1),
+            "bready": In(1),
+            "araddr": In(CSR_ADDR_BITS),
+            "arprot": In(3),
+            "arvalid": In(1),
+            "arready": Out(1),
+            "rdata": Out(32),
+            "rresp": Out(2),
+            "rvalid": Out(1),
+            "rready": In(1),
+        }
+    )

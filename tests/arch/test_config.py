@@ -24,7 +24,10 @@ def config(**changes: object) -> ArchConfig:
         ({"act_depth": 32, "act_banks": 4}, "act_depth=32 leaves fewer than 16 words in each of 4 banks"),
         (
             {"weight_depth": 32},
-            "weight_depth=32 cannot hold two tiles of 16 words and their 16 words of requantization records; at least 64",
+            (
+                "weight_depth=32 cannot hold two tiles of 16 words and their 16 words of requantization records; "
+                "at least 64"
+            ),
         ),
         ({"bus_bits": 512, "burst_beats": 128}, "burst_beats=128 of 512 bits exceed the 4096 bytes of an AXI burst"),
         ({"element": "magic"}, "element must be one of generic, bitplane, not 'magic'"),

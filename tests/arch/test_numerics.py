@@ -45,7 +45,7 @@ def test_code8_planes_are_nibbles_and_join_back() -> None:
 
 def test_weight8_grid_has_225_codes_with_nibbles_within_seven() -> None:
     codes = [w for w in range(-128, 128) if numerics.is_weight8(w)]
-    assert codes == sorted({16 * h + l for h in range(-7, 8) for l in range(-7, 8)})
+    assert codes == sorted({16 * high + low for high in range(-7, 8) for low in range(-7, 8)})
     for w in codes:
         high, low = numerics.split_weight8(w)
         assert 16 * high + low == w

@@ -20,5 +20,8 @@ def test_random_stream(tmp_path):
     source.write_text(to_verilog(element, name="dot"))
     assert "CCU2C" in source.read_text()
     build = build_verilator("dot", [source, MODELS])
-    build.run(BENCH, directory=tmp_path,
-              env={"NIBBLECORE_LANES": str(element.lanes), "NIBBLECORE_LATENCY": str(element.latency)})
+    build.run(
+        BENCH,
+        directory=tmp_path,
+        env={"NIBBLECORE_LANES": str(element.lanes), "NIBBLECORE_LATENCY": str(element.latency)},
+    )

@@ -94,8 +94,10 @@ def test_interface(kind, lanes):
 
 def test_technology_changes_no_latency():
     for lanes, levels in itertools.product(LANES, (1, 2)):
-        latencies = {BitplaneDot(lanes=lanes, technology=technology, levels_per_stage=levels).latency
-                     for technology in ("generic", "ecp5")}
+        latencies = {
+            BitplaneDot(lanes=lanes, technology=technology, levels_per_stage=levels).latency
+            for technology in ("generic", "ecp5")
+        }
         assert len(latencies) == 1
 
 
@@ -227,7 +229,8 @@ def test_random_streams(element, seed):
     often = [rng.choice((0.1, 0.5, 0.9)) for _ in range(8)]  # strobes are rare in one part and dense in the next
     stream = [
         (random_word(rng, element.lanes), random_word(rng, element.lanes), rng.random() < p, rng.random() < p)
-        for p in often for _ in range(50)
+        for p in often
+        for _ in range(50)
     ]
     assert any(load and swap for _, _, load, swap in stream)
     check_stream(element, stream, f"seed {seed}")

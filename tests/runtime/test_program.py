@@ -76,8 +76,10 @@ def set_key(**changes: Any) -> Callable[[dict[str, Any]], None]:
     [
         (
             set_key(format_version=2),
-            "f: file format version 2 is newer than this nibblecore's 1\n"
-            "Update nibblecore, or compile the network with this version.",
+            (
+                "f: file format version 2 is newer than this nibblecore's 1\n"
+                "Update nibblecore, or compile the network with this version."
+            ),
         ),
         (set_key(isa_version=0), "f: ISA version 0 is older than this nibblecore's 1\nCompile the network again."),
         (set_key(isa_version="1"), "f: the metadata names no isa_version"),
@@ -86,8 +88,10 @@ def set_key(**changes: Any) -> Callable[[dict[str, Any]], None]:
         (set_key(debug=[0, 1]), "f: instruction 1 belongs to layer 1, of 1"),
         (
             set_key(arch_hash=1),
-            f"f: the hash of its ArchConfig is {get_arch('small').hash:#010x}, not 0x00000001; "
-            "compile the network again",
+            (
+                f"f: the hash of its ArchConfig is {get_arch('small').hash:#010x}, not 0x00000001; "
+                "compile the network again"
+            ),
         ),
         (set_key(regions={"PROGRAM": 32}), "f: region PROGRAM has 32 bytes, its contents 64"),
         (

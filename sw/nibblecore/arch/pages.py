@@ -22,14 +22,17 @@ def isa_page() -> str:
     for spec in isa.INSTRUCTIONS.values():
         engine = "fetch" if spec.engine is None else spec.engine.name
         lines += [f"\n## {spec.opcode.name} (opcode {spec.opcode.value}, {engine})\n\n{spec.doc}\n\n"]
-        lines += [f"{spec.bits} of {isa.INSTRUCTION_BITS} bits used.\n\n", "| bits | field | values | meaning |\n|---|---|---|---|\n"]
+        lines += [f"{spec.bits} of {isa.INSTRUCTION_BITS} bits used.\n\n"]
+        lines += ["| bits | field | values | meaning |\n|---|---|---|---|\n"]
         for name, (low, f) in spec.layout().items():
             span = f"{low + f.bits - 1}:{low}" if f.bits > 1 else f"{low}"
             values = ", ".join(map(str, f.allowed)) if f.allowed is not None else f"{f.low}..{f.high}"
             if name == "opcode":
                 values = str(spec.opcode.value)
             lines.append(f"| {span} | `{name}` | {values} | {f.doc} |\n")
-    lines += ["\n## Cores\n\nBuffer depths in words; the hash of a core stands in CONFIG_HASH and in every program.\n\n"]
+    lines += [
+        "\n## Cores\n\nBuffer depths in words; the hash of a core stands in CONFIG_HASH and in every program.\n\n"
+    ]
     shown = [f for f in ArchConfig.__dataclass_fields__ if f != "name"]
     lines += ["| | " + " | ".join(ARCHS) + " |\n|---|" + "---|" * len(ARCHS) + "\n"]
     lines += [f"| `{f}` | " + " | ".join(str(getattr(a, f)) for a in ARCHS.values()) + " |\n" for f in shown]
@@ -43,9 +46,7 @@ def csr_page() -> str:
     lines += ["| offset | register | access | reset | meaning |\n|---|---|---|---|---|\n"]
     for r in regs.REGISTERS.values():
         lines.append(f"| `{r.offset:#05x}` | {r.name} | {r.access} | {r.reset:#x} | {r.doc} |\n")
-        lines += [
-            f"| | · bits {f.low + f.bits - 1}:{f.low} `{f.name}` | | | {f.doc} |\n" for f in r.fields
-        ]
+        lines += [f"| | · bits {f.low + f.bits - 1}:{f.low} `{f.name}` | | | {f.doc} |\n" for f in r.fields]
     lines += ["\n## Error causes\n\n| value | cause | meaning |\n|---|---|---|\n"]
     lines += [f"| {c.value} | {c.name} | {regs.ERROR_TEXT[c]} |\n" for c in regs.ErrorCause]
     lines += ["\nUnits: " + ", ".join(f"{u.value} {u.name}" for u in regs.ErrorUnit) + ".\n"]

@@ -72,13 +72,15 @@ class DotElement(wiring.Component, abc.ABC):
             raise ValueError(f"lanes must be a power of two, not {lanes}")
         self._lanes = lanes
         word = data.ArrayLayout(signed(4), lanes)
-        super().__init__({
-            "activations": In(word),
-            "weights": In(word),
-            "load_stb": In(1),
-            "swap_stb": In(1),
-            "sum": Out(signed(8 + (lanes - 1).bit_length())),
-        })
+        super().__init__(
+            {
+                "activations": In(word),
+                "weights": In(word),
+                "load_stb": In(1),
+                "swap_stb": In(1),
+                "sum": Out(signed(8 + (lanes - 1).bit_length())),
+            }
+        )
 
     @property
     def lanes(self) -> int:

@@ -42,8 +42,9 @@ class BitplaneDot(DotElement):
         If an argument is not as described.
     """
 
-    def __init__(self, *, lanes: int, technology: str = "generic", levels_per_stage: int = 2,
-                 chain_cells: int = 48) -> None:
+    def __init__(
+        self, *, lanes: int, technology: str = "generic", levels_per_stage: int = 2, chain_cells: int = 48
+    ) -> None:
         if technology not in TECHNOLOGIES:
             raise ValueError(f"technology must be one of {', '.join(TECHNOLOGIES)}, not {technology!r}")
         check_int("levels_per_stage", levels_per_stage, 1, 4)
@@ -126,10 +127,17 @@ class BitplaneDot(DotElement):
                     carry = value(row, row.carry)
                     total = (Cat(carry, left) + Cat(carry, right))[1:]
                 flip = row.invert_top << (row.width - 1)
-                m.d.comb += sums[row.index].eq(total[:row.width] ^ flip)
+                m.d.comb += sums[row.index].eq(total[: row.width] ^ flip)
         if self._technology == "ecp5":
-            add_chains(m, plan_chains(plan, chain_cells=self._chain_cells), sums=sums, stored=stored, wired=wired,
-                       activation_polarity=ACTIVATION_POLARITY, weight_polarity=WEIGHT_POLARITY)
+            add_chains(
+                m,
+                plan_chains(plan, chain_cells=self._chain_cells),
+                sums=sums,
+                stored=stored,
+                wired=wired,
+                activation_polarity=ACTIVATION_POLARITY,
+                weight_polarity=WEIGHT_POLARITY,
+            )
 
         m.d.comb += self.sum.eq(Cat(delayed[wire][-1] for wire in plan.result).as_signed())
         return m

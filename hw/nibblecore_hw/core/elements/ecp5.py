@@ -89,9 +89,16 @@ def _joint(carry: _Operand, *, sum: Value | None) -> _HalfCell:
     return cell
 
 
-def add_chains(m: Module, chains: list[list[Row]], *, sums: Sequence[Signal],
-               stored: Callable[[Product], tuple[Value, Value]], wired: Callable[[Row, Wire], Value],
-               activation_polarity: int, weight_polarity: int) -> None:
+def add_chains(
+    m: Module,
+    chains: list[list[Row]],
+    *,
+    sums: Sequence[Signal],
+    stored: Callable[[Product], tuple[Value, Value]],
+    wired: Callable[[Row, Wire], Value],
+    activation_polarity: int,
+    weight_polarity: int,
+) -> None:
     """Instantiate the chains.
 
     Parameters
@@ -137,8 +144,14 @@ def add_chains(m: Module, chains: list[list[Row]], *, sums: Sequence[Signal],
             else:
                 cells.append(_joint(carry, sum=carry_out))
             for n, (left, right) in enumerate(zip(row.left, row.right, strict=True)):
-                cells.append(_HalfCell(operand(row, left), operand(row, right), sum=sums[row.index][n],
-                                       invert=row.invert_top and n == row.cells - 1))
+                cells.append(
+                    _HalfCell(
+                        operand(row, left),
+                        operand(row, right),
+                        sum=sums[row.index][n],
+                        invert=row.invert_top and n == row.cells - 1,
+                    )
+                )
             carry_out = sums[row.index][row.cells] if row.carry_out else None
         if len(cells) % 2:
             cells.append(_joint(operand(chain[-1], None), sum=carry_out))
@@ -146,7 +159,7 @@ def add_chains(m: Module, chains: list[list[Row]], *, sums: Sequence[Signal],
         carry_signal = carry_in
         for n in range(0, len(cells), 2):
             ports: dict[str, Value | int | str] = {"i_CIN": carry_signal, "p_INJECT1_0": "NO", "p_INJECT1_1": "NO"}
-            for half, cell in enumerate(cells[n:n + 2]):
+            for half, cell in enumerate(cells[n : n + 2]):
                 ports[f"p_INIT{half}"] = Const(cell.init, 16)
                 ports |= {f"i_{port}{half}": pin for port, pin in zip("ABCD", cell.inputs, strict=True)}
                 # An open pin would be a lint error in Verilator.

@@ -225,11 +225,26 @@ class _Builder:
             for product in products:
                 self._add_row(weight, [product], [None], None)
 
-    def _add_row(self, weight: int, left: Sequence[Bit | None], right: Sequence[Bit | None], carry: Bit | None, *,
-                 invert_top: bool = False) -> None:
+    def _add_row(
+        self,
+        weight: int,
+        left: Sequence[Bit | None],
+        right: Sequence[Bit | None],
+        carry: Bit | None,
+        *,
+        invert_top: bool = False,
+    ) -> None:
         gate = list(right) == [None] and carry is None
-        row = Row(len(self.rows), self.level, weight, tuple(left), tuple(right), carry,
-                  carry_out=not gate and weight + len(left) < self.width, invert_top=invert_top)
+        row = Row(
+            len(self.rows),
+            self.level,
+            weight,
+            tuple(left),
+            tuple(right),
+            carry,
+            carry_out=not gate and weight + len(left) < self.width,
+            invert_top=invert_top,
+        )
         self.rows.append(row)
         self.fresh.extend((weight + n, Wire(row.index, n)) for n in range(row.width))
 
