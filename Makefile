@@ -15,7 +15,7 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.14 py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup machine demo test test-all fuzz bench-synth lint types format lock clean
+.PHONY: help setup machine demo test test-all fuzz bench-synth lint types format pages lock clean
 
 help:
 	@echo "make demo         train, compile and run a small network on the simulated core"
@@ -25,6 +25,7 @@ help:
 	@echo "make bench-synth  synthesize, place and route a core; area and clock (ARGS=\"--arch large\")"
 	@echo "make lint         ruff (rules and format)"
 	@echo "make types        mypy"
+	@echo "make pages        write hw/ISA.md, hw/CSR.md and sw/SUPPORTED.md anew"
 	@echo "make format       rewrite the sources in the project's format"
 	@echo "make lock         resolve requirements.lock anew"
 	@echo "make clean        remove caches and results, not $(VENV)"
@@ -88,6 +89,11 @@ test: lint types
 
 test-all: lint types
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+# Reference pages that are written from the code; tests fail while a committed one is not current.
+pages: $(STAMP)
+	$(BIN)/python -m nibblecore.arch.pages hw
+	$(BIN)/python -c 'from nibblecore.compiler.rules import supported_page; print(supported_page(), end="")' > sw/SUPPORTED.md
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
