@@ -234,7 +234,7 @@ class PostUnit(wiring.Component):
 
     A POOL takes one cycle per word of every tap, inside the map or not. Before that and after it, counted from the
     first cycle with ``command.valid`` (when the unit is idle) to the one with ``done_stb``, a POST takes
-    ``param_words + 23`` cycles (INT8 with more than one step: 24, RAW32: 9), a POOL 9; :meth:`cycles` has the sum. The
+    ``param_words + 27`` cycles (INT8 with more than one step: 28, RAW32: 9), a POOL 9; :meth:`cycles` has the sum. The
     next command may be there with ``done_stb`` and then starts in that cycle. ``command.ready`` comes in the third
     cycle of ``command.valid``: the transfer is not what starts the address generators, but what lets go of the payload.
 
@@ -571,7 +571,7 @@ class PostUnit(wiring.Component):
         # What travels along with the accumulators; only whether there is anything needs a reset.
         valid: list[Value] = [enters]
         final: list[Value] = [enters & (step_in_brick == steps - 1) & (sub == Mux(raw, last_sub, 0))]
-        for i in range(1, self._FINAL + 3):
+        for i in range(1, self._FINAL + 2):
             for line, name in ((valid, "valid"), (final, "final")):
                 stage = Signal(name=f"{name}_{i}")
                 # Sums have no business behind there: the next instruction may have begun.
@@ -669,17 +669,21 @@ class PostUnit(wiring.Component):
 
         # --- words written ----------------------------------------------------------------------------------------
 
-        tap_last_1, tap_plane_1 = Signal(), Signal(reset_less=True)
-        m.d.sync += [tap_last_1.eq(tap_last), tap_plane_1.eq(tap_plane)]
-        first = final[self._FINAL + 1] & valid[self._FINAL + 1]
-        second = final[self._FINAL + 2] & valid[self._FINAL + 2] & wide
-        raw_index = delayed(m, sub, self._SUM, "raw_index") if raw_words > 1 else Const(0, 1)
-        m.d.comb += [
-            fifo.i_data.eq(Mux(Mux(is_pool, tap_plane_1, second), pack[1], pack[0])),
-            fifo.i_en.eq(Mux(is_pool, tap_last_1, first | second)),
+        # Decided a cycle ahead, as these reach every bit of the output memory.
+        push, push_low, push_raw = Signal(), Signal(reset_less=True), Signal()
+        first = final[self._FINAL] & valid[self._FINAL]
+        second = final[self._FINAL + 1] & valid[self._FINAL + 1] & wide
+        m.d.sync += [
+            push.eq(Mux(is_pool, tap_last, first | second)),
+            push_low.eq(Mux(is_pool, tap_plane, second)),
+            push_raw.eq(valid[self._SUM - 1] & raw),
         ]
-        with m.If(raw):
-            m.d.comb += [fifo.i_data.eq(Cat(sums).word_select(raw_index, word_bits)), fifo.i_en.eq(valid[self._SUM])]
+        raw_index = delayed(m, sub, self._SUM, "raw_index") if raw_words > 1 else Const(0, 1)
+        raw_word = Cat(sums).word_select(raw_index, word_bits)
+        m.d.comb += [
+            fifo.i_en.eq(push | push_raw),
+            fifo.i_data.eq(Mux(raw, raw_word, Mux(push_low, pack[1], pack[0]))),
+        ]
 
         place = writes.o.payload
         granted = Signal()

@@ -61,7 +61,7 @@ class RoundShiftClamp(wiring.Component):
     # shifter keeps only what the later ones can still bring into these 10 bits, and notes whether anything else was
     # dropped.
 
-    LATENCY = 4
+    LATENCY = 5
 
     value: Signal
     shift: Signal
@@ -116,9 +116,13 @@ class RoundShiftClamp(wiring.Component):
             dropped_m.eq(dropped),
             negative_m.eq(value[-1]),
         ]
-        below = Mux(dropped_m, negative_m, moved < self.low)
-        above = Mux(dropped_m, ~negative_m, moved > self.high)
-        m.d.sync += self.out.eq(Mux(below, self.low, Mux(above, self.high, moved)))
+        below, above = Signal(reset_less=True), Signal(reset_less=True)
+        m.d.sync += [
+            below.eq(Mux(dropped_m, negative_m, moved < self.low)),
+            above.eq(Mux(dropped_m, ~negative_m, moved > self.high)),
+        ]
+        inside = delayed(m, moved[:CODE_BITS].as_signed(), 1, "inside")
+        m.d.sync += self.out.eq(Mux(below, self.low, Mux(above, self.high, inside)))
         return m
 
     @staticmethod
@@ -183,7 +187,7 @@ class RequantLane(wiring.Component):
         For ``acc_bits`` outside its range.
     """
 
-    LATENCY = 3 + RoundShiftClamp.LATENCY
+    LATENCY = 4 + RoundShiftClamp.LATENCY
     SUM_LATENCY = 1
 
     acc: Signal
@@ -218,19 +222,22 @@ class RequantLane(wiring.Component):
         m = Module()
         m.submodules.round = round_ = RoundShiftClamp(value_bits=BIAS_BITS + MULT_BITS, shift_max=SHIFT_MAX)
 
-        mult = delayed(m, self.mult, 1, "mult")
+        # The multipliers' operands have registers of their own, which can be placed beside them: those of the sum stay
+        # at its carry chain.
+        mult = delayed(m, self.mult, 2, "mult")
+        total = delayed(m, self.sum, 1, "total")
         low_product = Signal(signed(_LOW_BITS + MULT_BITS), reset_less=True)
         high_product = Signal(signed(BIAS_BITS - _LOW_BITS + MULT_BITS), reset_less=True)
         product = Signal(signed(BIAS_BITS + MULT_BITS), reset_less=True)
         m.d.sync += [
             self.sum.eq(self.acc + self.bias),
-            low_product.eq(Cat(self.sum[:_LOW_BITS], Const(0, 1)).as_signed() * mult),
-            high_product.eq(self.sum[_LOW_BITS:].as_signed() * mult),
+            low_product.eq(Cat(total[:_LOW_BITS], Const(0, 1)).as_signed() * mult),
+            high_product.eq(total[_LOW_BITS:].as_signed() * mult),
             product.eq(Cat(low_product[:_LOW_BITS], high_product + low_product[_LOW_BITS:].as_signed())),
         ]
         m.d.comb += [
             round_.value.eq(product),
-            round_.shift.eq(delayed(m, self.shift, 3, "shift")),
+            round_.shift.eq(delayed(m, self.shift, 4, "shift")),
             round_.zero.eq(self.zero),
             round_.low.eq(self.low),
             round_.high.eq(self.high),
@@ -272,7 +279,7 @@ class ResidualLane(wiring.Component):
         The stored code.
     """
 
-    LATENCY = 3 + RoundShiftClamp.LATENCY
+    LATENCY = 4 + RoundShiftClamp.LATENCY
 
     a: Signal
     b: Signal
@@ -314,8 +321,8 @@ class ResidualLane(wiring.Component):
         product_b = Signal(signed(product_bits), reset_less=True)
         total = Signal(signed(product_bits + 1), reset_less=True)
         m.d.sync += [
-            product_a.eq(delayed(m, self.a - self.zero_a, 1, "difference_a") * self.k_a),
-            product_b.eq(delayed(m, self.b - self.zero_b, 1, "difference_b") * self.k_b),
+            product_a.eq(delayed(m, self.a - self.zero_a, 2, "difference_a") * self.k_a),
+            product_b.eq(delayed(m, self.b - self.zero_b, 2, "difference_b") * self.k_b),
             total.eq(product_a + product_b),
         ]
         m.d.comb += [
