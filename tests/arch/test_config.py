@@ -30,6 +30,10 @@ def config(**changes: object) -> ArchConfig:
             ),
         ),
         ({"bus_bits": 512, "burst_beats": 128}, "burst_beats=128 of 512 bits exceed the 4096 bytes of an AXI burst"),
+        (
+            {"bus_bits": 32, "burst_beats": 1},
+            "burst_beats=1 is less than the 2 beats of 32 bits that a word of 64 bits takes",
+        ),
         ({"element": "magic"}, "element must be one of generic, bitplane, not 'magic'"),
         ({"act_memory": "quad"}, "act_memory must be one of dual, single, not 'quad'"),
     ],

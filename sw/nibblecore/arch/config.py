@@ -134,6 +134,11 @@ class ArchConfig:
                 f"weight_depth={self.weight_depth} cannot hold two tiles of {self.columns} words and their "
                 f"{self.param_words} words of requantization records; at least {2 * (self.columns + self.param_words)}"
             )
+        if self.burst_beats < self.beats_per_word:
+            raise ConfigError(
+                f"burst_beats={self.burst_beats} is less than the {self.beats_per_word} beats of {self.bus_bits} bits "
+                f"that a word of {self.word_bits} bits takes"
+            )
         if self.bus_bits // 8 * self.burst_beats > 4096:
             raise ConfigError(
                 f"burst_beats={self.burst_beats} of {self.bus_bits} bits exceed the 4096 bytes of an AXI burst"
