@@ -16,15 +16,27 @@ from nibblecore_sim.pysim import simulate
 
 
 def config(lanes: int = 4, columns: int = 4, **changes: Any) -> ArchConfig:
-    return ArchConfig(**{"name": "t", "lanes": lanes, "columns": columns, "post_lanes": 2, "acc_depth": 16,
-                         "act_depth": 256, "weight_depth": 256} | changes)
+    return ArchConfig(
+        **{
+            "name": "t",
+            "lanes": lanes,
+            "columns": columns,
+            "post_lanes": 2,
+            "acc_depth": 16,
+            "act_depth": 256,
+            "weight_depth": 256,
+        }
+        | changes
+    )
 
 
-@pytest.mark.parametrize(("lanes", "columns", "post_lanes", "element"),
-                         [(4, 4, 2, "generic"), (8, 2, 1, "bitplane"), (4, 8, 2, "bitplane"), (4, 4, 4, "generic"),
-                          (4, 1, 1, "generic")])
-def test_sums_in_the_documented_cycle_while_the_next_tile_loads(lanes: int, columns: int, post_lanes: int,
-                                                                element: str) -> None:
+@pytest.mark.parametrize(
+    ("lanes", "columns", "post_lanes", "element"),
+    [(4, 4, 2, "generic"), (8, 2, 1, "bitplane"), (4, 8, 2, "bitplane"), (4, 4, 4, "generic"), (4, 1, 1, "generic")],
+)
+def test_sums_in_the_documented_cycle_while_the_next_tile_loads(
+    lanes: int, columns: int, post_lanes: int, element: str
+) -> None:
     """Passes of exactly ``columns`` pixels, every one with a new tile: the closest that loads and swaps can be."""
     rng = random.Random(f"{lanes} {columns} {post_lanes} {element}")
     array = SystolicArray(config(lanes, columns, post_lanes=post_lanes, element=element))
@@ -70,8 +82,14 @@ def test_accumulators_equal_the_model_at_the_hazard_distance(seed: int) -> None:
     for n in range(600):
         bank = rng.randrange(2)
         addr = n if n < 2 * arch.acc_depth else rng.randrange(4)
-        order = {"valid": 1, "addr": addr % arch.acc_depth, "bank": n // arch.acc_depth % 2 if addr == n else bank,
-                 "overwrite": int(addr == n or rng.random() < 0.1), "shift": rng.randrange(3), "end": rng.randrange(2)}
+        order = {
+            "valid": 1,
+            "addr": addr % arch.acc_depth,
+            "bank": n // arch.acc_depth % 2 if addr == n else bank,
+            "overwrite": int(addr == n or rng.random() < 0.1),
+            "shift": rng.randrange(3),
+            "end": rng.randrange(2),
+        }
         key = order["bank"], order["addr"]
         if (rng.random() < 0.1 and addr != n) or key in recent:
             orders.append(None)
@@ -80,14 +98,19 @@ def test_accumulators_equal_the_model_at_the_hazard_distance(seed: int) -> None:
             orders.append(order)
             recent = [*recent[1:], key]
         # Large sums, so that the accumulators wrap.
-        sums.append([rng.choice([-2048, 2047, rng.randint(-2048, 2047)]) if rng.random() < 0.5 else 2047
-                     for _ in range(columns)])
+        sums.append(
+            [
+                rng.choice([-2048, 2047, rng.randint(-2048, 2047)]) if rng.random() < 0.5 else 2047
+                for _ in range(columns)
+            ]
+        )
     for order, products in zip(orders, sums, strict=True):
         if order:
             cells = acc[order["bank"]][order["addr"]]
             for column, product in enumerate(products):
-                cells[column] = dut.model(cells[column], product, overwrite=bool(order["overwrite"]),
-                                          shift=order["shift"])
+                cells[column] = dut.model(
+                    cells[column], product, overwrite=bool(order["overwrite"]), shift=order["shift"]
+                )
     done: list[int] = []
     latency = dut.done_latency - groups - 2
     read: list[list[list[int]]] = [[[] for _ in range(arch.acc_depth)] for _ in range(2)]

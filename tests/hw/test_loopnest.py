@@ -34,8 +34,9 @@ def random_job(rng: random.Random, nest: LoopNest) -> dict[str, int]:
     return job
 
 
-def run(nest: LoopNest, jobs: list[dict[str, int]], *, rng: random.Random | None = None,
-        gap: bool = False) -> tuple[list[dict[str, Any]], list[int], list[int]]:
+def run(
+    nest: LoopNest, jobs: list[dict[str, int]], *, rng: random.Random | None = None, gap: bool = False
+) -> tuple[list[dict[str, Any]], list[int], list[int]]:
     """All steps, the cycles of their transfers, and those of the jobs' transfers; ``rng`` makes both sides stall."""
     sim = Simulator(nest)
     sim.add_clock(1e-6)
@@ -54,7 +55,8 @@ def run(nest: LoopNest, jobs: list[dict[str, int]], *, rng: random.Random | None
             ctx.set(nest.job.valid, offered)
             ctx.set(nest.o.ready, 1 if rng is None else rng.random() < 0.5)
             _, _, took, valid, ready, payload = await ctx.tick().sample(
-                nest.job.ready, nest.o.valid, nest.o.ready, nest.o.payload)
+                nest.job.ready, nest.o.valid, nest.o.ready, nest.o.payload
+            )
             if took:
                 assert offered, "job.ready without job.valid"
                 job_cycles.append(cycle)
@@ -62,10 +64,15 @@ def run(nest: LoopNest, jobs: list[dict[str, int]], *, rng: random.Random | None
                 offered = False
             if valid and ready:
                 names = [loop.name for loop in nest.loops]
-                steps.append({"addr": payload.addr, "inside": payload.inside,
-                              "first": {n: payload.first[n] for n in names},
-                              "last": {n: payload.last[n] for n in names}}
-                             | ({"tag": payload.tag} if "tag" in dict(payload.shape()) else {}))
+                steps.append(
+                    {
+                        "addr": payload.addr,
+                        "inside": payload.inside,
+                        "first": {n: payload.first[n] for n in names},
+                        "last": {n: payload.last[n] for n in names},
+                    }
+                    | ({"tag": payload.tag} if "tag" in dict(payload.shape()) else {})
+                )
                 step_cycles.append(cycle)
             if len(steps) >= expected and cycle > step_cycles[-1] + 20:
                 break  # long enough to see steps that nobody asked for

@@ -17,8 +17,18 @@ from nibblecore_sim.pysim import simulate
 
 
 def config(lanes: int = 4, columns: int = 4, **changes: Any) -> ArchConfig:
-    return ArchConfig(**{"name": "t", "lanes": lanes, "columns": columns, "post_lanes": 2, "acc_depth": 16,
-                         "act_depth": 256, "weight_depth": 256} | changes)
+    return ArchConfig(
+        **{
+            "name": "t",
+            "lanes": lanes,
+            "columns": columns,
+            "post_lanes": 2,
+            "acc_depth": 16,
+            "act_depth": 256,
+            "weight_depth": 256,
+        }
+        | changes
+    )
 
 
 CONFIGS = {
@@ -43,15 +53,33 @@ def random_instruction(rng: random.Random, arch: ArchConfig, *, bank: int) -> In
         return rng.randrange(1 << bits) if big else rng.randint(0, 4)
 
     return make(
-        Opcode.MAC, acc_bank=bank, accumulate=rng.randrange(2), shift=rng.randrange(3),
-        w_addr=rng.randrange(1 << 16), w_step=rng.choice([0, arch.columns, arch.columns, 255]),
-        x_addr=rng.randrange(1 << 16), cols=cols, rows=rows,
-        bricks=rng.choice([1, 1, 2, 3]), kernel_x=rng.choice([1, 1, 2, 3]), kernel_y=rng.choice([1, 1, 2]),
-        ox_step=step(16), oy_step=step(16), brick_step=step(12), kx_step=step(16), ky_step=step(16),
-        x0=rng.randint(-128, 127) if big else rng.randint(-4, 2), y0=rng.randint(-4, 2),
-        width=rng.choice([1, 5, 2048]), height=rng.choice([1, 4, 2048]),
-        stride_x=rng.choice([1, 2, 16]), stride_y=rng.choice([1, 2, 3]),
-        dilation_x=rng.choice([1, 2, 32]), dilation_y=rng.choice([1, 2, 5]), pad=rng.randint(-8, 7))
+        Opcode.MAC,
+        acc_bank=bank,
+        accumulate=rng.randrange(2),
+        shift=rng.randrange(3),
+        w_addr=rng.randrange(1 << 16),
+        w_step=rng.choice([0, arch.columns, arch.columns, 255]),
+        x_addr=rng.randrange(1 << 16),
+        cols=cols,
+        rows=rows,
+        bricks=rng.choice([1, 1, 2, 3]),
+        kernel_x=rng.choice([1, 1, 2, 3]),
+        kernel_y=rng.choice([1, 1, 2]),
+        ox_step=step(16),
+        oy_step=step(16),
+        brick_step=step(12),
+        kx_step=step(16),
+        ky_step=step(16),
+        x0=rng.randint(-128, 127) if big else rng.randint(-4, 2),
+        y0=rng.randint(-4, 2),
+        width=rng.choice([1, 5, 2048]),
+        height=rng.choice([1, 4, 2048]),
+        stride_x=rng.choice([1, 2, 16]),
+        stride_y=rng.choice([1, 2, 3]),
+        dilation_x=rng.choice([1, 2, 32]),
+        dilation_y=rng.choice([1, 2, 5]),
+        pad=rng.randint(-8, 7),
+    )
 
 
 @dataclasses.dataclass
@@ -75,9 +103,19 @@ def pixels_of(i: Instruction) -> int:
     return i["rows"] * i["cols"]
 
 
-def run(engine: MacEngine, arch: ArchConfig, instructions: list[Instruction], *, seed: int, x_stall: float = 0.0,
-        w_stall: float = 0.0, offer_stall: float = 0.0, offer_gap: int = 0, drain: bool = True,
-        reset_after: int | None = None) -> Trace:
+def run(
+    engine: MacEngine,
+    arch: ArchConfig,
+    instructions: list[Instruction],
+    *,
+    seed: int,
+    x_stall: float = 0.0,
+    w_stall: float = 0.0,
+    offer_stall: float = 0.0,
+    offer_gap: int = 0,
+    drain: bool = True,
+    reset_after: int | None = None,
+) -> Trace:
     """Run instructions and compare every accumulator of each with the model.
 
     With ``reset_after``, an instruction that does not count is reset so many cycles after its offer, before all others.
@@ -135,6 +173,7 @@ def run(engine: MacEngine, arch: ArchConfig, instructions: list[Instruction], *,
                 ctx.set(port.ready, rng.random() >= stall)
                 _, _, valid, ready, addr = await ctx.tick().sample(port.valid, port.ready, port.addr)
                 under_way.insert(0, addr if valid and ready else None)
+
         return serve
 
     async def monitor(ctx: Any) -> None:
@@ -142,13 +181,27 @@ def run(engine: MacEngine, arch: ArchConfig, instructions: list[Instruction], *,
         begun = False
         while True:
             _, _, valid, ready, enters, stb, busy, weights, bank, x_valid, x_ready = await ctx.tick().sample(
-                engine.command.valid, engine.command.ready, engine.mac_active, engine.done_stb, engine.busy,
-                engine.mac_weights, engine.mac_bank, engine.x.valid, engine.x.ready)
+                engine.command.valid,
+                engine.command.ready,
+                engine.mac_active,
+                engine.done_stb,
+                engine.busy,
+                engine.mac_weights,
+                engine.mac_bank,
+                engine.x.valid,
+                engine.x.ready,
+            )
             begun = begun or valid
             assert enters + weights + bank <= 1, label
-            for name, happened in (("entered", enters), ("done", stb), ("busy", busy), ("mac_weights", weights),
-                                   ("mac_bank", bank), ("accepted", valid and ready),
-                                   ("x_refused", x_valid and not x_ready)):
+            for name, happened in (
+                ("entered", enters),
+                ("done", stb),
+                ("busy", busy),
+                ("mac_weights", weights),
+                ("mac_bank", bank),
+                ("accepted", valid and ready),
+                ("x_refused", x_valid and not x_ready),
+            ):
                 if happened:
                     getattr(trace, name).append(cycle)
             cycle += begun
@@ -166,7 +219,7 @@ def run(engine: MacEngine, arch: ArchConfig, instructions: list[Instruction], *,
             _, _, *data = await ctx.tick().sample(*(engine.acc_read.data[lane] for lane in range(arch.post_lanes)))
             if n >= ACC_READ_LATENCY:
                 pixel, group = places[n - ACC_READ_LATENCY]
-                cells[pixel][group * arch.post_lanes:(group + 1) * arch.post_lanes] = data
+                cells[pixel][group * arch.post_lanes : (group + 1) * arch.post_lanes] = data
         return cells
 
     async def check(ctx: Any) -> None:
@@ -176,7 +229,7 @@ def run(engine: MacEngine, arch: ArchConfig, instructions: list[Instruction], *,
                 await ctx.tick()
             if drain:
                 cells = await read_bank(ctx, i["acc_bank"], pixels_of(i))
-                assert cells == expected[n][:pixels_of(i)], f"{label}: instruction {n}, {i}"
+                assert cells == expected[n][: pixels_of(i)], f"{label}: instruction {n}, {i}"
             drained = n + 1
         for bank in range(2):
             assert await read_bank(ctx, bank, arch.acc_depth) == acc[bank], f"{label}: bank {bank} at the end"
@@ -184,8 +237,13 @@ def run(engine: MacEngine, arch: ArchConfig, instructions: list[Instruction], *,
             await ctx.tick()
 
     dut = engine if reset_after is None else ResetInserter(rst)(engine)
-    simulate(dut, offer, check, background=[buffer(engine.x, x, x_stall), buffer(engine.w, w, w_stall), monitor],
-             max_cycles=60_000)
+    simulate(
+        dut,
+        offer,
+        check,
+        background=[buffer(engine.x, x, x_stall), buffer(engine.w, w, w_stall), monitor],
+        max_cycles=60_000,
+    )
     assert len(trace.done) == len(instructions), label
     assert len(trace.entered) == sum(passes_of(i) * pixels_of(i) for i in instructions), label
     assert trace.mac_bank == trace.x_refused, label
@@ -198,14 +256,14 @@ def filled(arch: ArchConfig) -> list[Instruction]:
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize(("x_stall", "w_stall", "offer_stall"),
-                         [(0.4, 0.0, 0.0), (0.0, 0.5, 0.3), (0.7, 0.2, 0.8)])
+@pytest.mark.parametrize(("x_stall", "w_stall", "offer_stall"), [(0.4, 0.0, 0.0), (0.0, 0.5, 0.3), (0.7, 0.2, 0.8)])
 def test_random_instructions_equal_the_model(kind: str, x_stall: float, w_stall: float, offer_stall: float) -> None:
     arch = CONFIGS[kind]
     seed = int(10 * x_stall + 100 * w_stall)
     rng = random.Random(f"{kind} {seed}")
-    instructions = filled(arch) + [random_instruction(rng, arch, bank=rng.choice([n % 2, n % 2, rng.randrange(2)]))
-                                   for n in range(8)]
+    instructions = filled(arch) + [
+        random_instruction(rng, arch, bank=rng.choice([n % 2, n % 2, rng.randrange(2)])) for n in range(8)
+    ]
     run(MacEngine(arch), arch, instructions, seed=seed, x_stall=x_stall, w_stall=w_stall, offer_stall=offer_stall)
 
 
@@ -226,9 +284,23 @@ def test_small_tiles_one_after_the_other_on_one_bank(kind: str) -> None:
     instructions = filled(arch)
     for _ in range(14):
         cols, rows = rng.choice([(1, 1), (1, 2), (2, 1), (3, 1), (1, 3), (2, 2), (5, 1)])
-        instructions.append(make(Opcode.MAC, accumulate=1, cols=cols, rows=rows, bricks=rng.choice([1, 1, 2, 3]),
-                                 w_addr=rng.randrange(256), w_step=arch.columns, x_addr=rng.randrange(256), ox_step=1,
-                                 oy_step=7, brick_step=3, width=2048, height=2048))
+        instructions.append(
+            make(
+                Opcode.MAC,
+                accumulate=1,
+                cols=cols,
+                rows=rows,
+                bricks=rng.choice([1, 1, 2, 3]),
+                w_addr=rng.randrange(256),
+                w_step=arch.columns,
+                x_addr=rng.randrange(256),
+                ox_step=1,
+                oy_step=7,
+                brick_step=3,
+                width=2048,
+                height=2048,
+            )
+        )
     for x_stall, w_stall in ((0.5, 0.0), (0.3, 0.2)):
         run(MacEngine(arch), arch, instructions, seed=3, x_stall=x_stall, w_stall=w_stall, drain=False)
 

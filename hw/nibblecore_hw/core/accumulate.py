@@ -20,8 +20,16 @@ def control_layout(arch: ArchConfig) -> data.StructLayout:
     ``valid``: anything at all; ``addr``, ``bank``: which accumulators; ``overwrite``: the sum replaces what they hold;
     ``shift``: the sum counts ``16**shift``; ``end``: this is the last one of an instruction.
     """
-    return data.StructLayout({"valid": unsigned(1), "addr": unsigned(ceil_log2(arch.acc_depth)), "bank": unsigned(1),
-                              "overwrite": unsigned(1), "shift": unsigned(2), "end": unsigned(1)})
+    return data.StructLayout(
+        {
+            "valid": unsigned(1),
+            "addr": unsigned(ceil_log2(arch.acc_depth)),
+            "bank": unsigned(1),
+            "overwrite": unsigned(1),
+            "shift": unsigned(2),
+            "end": unsigned(1),
+        }
+    )
 
 
 class Accumulators(wiring.Component):
@@ -75,12 +83,14 @@ class Accumulators(wiring.Component):
             raise ValueError(f"latency must be at least 1, not {latency}")
         self._arch = arch
         self._latency = latency
-        super().__init__({
-            "control": In(control_layout(arch)),
-            "sums": In(data.ArrayLayout(signed(sum_bits), arch.columns)),
-            "read": In(acc_read_port(arch)),
-            "done_stb": Out(1),
-        })
+        super().__init__(
+            {
+                "control": In(control_layout(arch)),
+                "sums": In(data.ArrayLayout(signed(sum_bits), arch.columns)),
+                "read": In(acc_read_port(arch)),
+                "done_stb": Out(1),
+            }
+        )
 
     @property
     def done_latency(self) -> int:

@@ -62,21 +62,26 @@ class SystolicArray(wiring.Component):
     def __init__(self, arch: ArchConfig, *, technology: str = "generic") -> None:
         self._arch = arch
         # Built here and not in elaborate(), because they know the latency. An array may be asked for that alone.
-        self._elements = [make_element(arch.element, lanes=arch.lanes, technology=technology)
-                          for _ in range(arch.columns)]
+        self._elements = [
+            make_element(arch.element, lanes=arch.lanes, technology=technology) for _ in range(arch.columns)
+        ]
         if self._elements[0].load_cycles != 1:
             cycles = self._elements[0].load_cycles
-            raise ValueError(f"element {arch.element!r} takes {cycles} cycles from load to swap, and the timing of the "
-                             "array allows 1")
+            raise ValueError(
+                f"element {arch.element!r} takes {cycles} cycles from load to swap, and the timing of the "
+                "array allows 1"
+            )
         word = word_layout(arch)
-        super().__init__({
-            "activations": In(word),
-            "swap_stb": In(1),
-            "weights": In(word),
-            "column": In(ceil_log2(arch.columns)),
-            "load_stb": In(1),
-            "sums": Out(data.ArrayLayout(signed(len(self._elements[0].sum)), arch.columns)),
-        })
+        super().__init__(
+            {
+                "activations": In(word),
+                "swap_stb": In(1),
+                "weights": In(word),
+                "column": In(ceil_log2(arch.columns)),
+                "load_stb": In(1),
+                "sums": Out(data.ArrayLayout(signed(len(self._elements[0].sum)), arch.columns)),
+            }
+        )
 
     @property
     def latency(self) -> int:
@@ -101,8 +106,13 @@ class SystolicArray(wiring.Component):
                 hop_weights = Signal(word, name=f"weights{group}", reset_less=True)
                 hop_column = Signal.like(self.column, name=f"column{group}", reset_less=True)
                 hop_swap, hop_load = Signal(name=f"swap{group}"), Signal(name=f"load{group}")
-                m.d.sync += [hop_activations.eq(activations), hop_swap.eq(swap), hop_weights.eq(weights),
-                             hop_column.eq(column), hop_load.eq(load)]
+                m.d.sync += [
+                    hop_activations.eq(activations),
+                    hop_swap.eq(swap),
+                    hop_weights.eq(weights),
+                    hop_column.eq(column),
+                    hop_load.eq(load),
+                ]
                 activations, weights = hop_activations, hop_weights
                 swap, load, column = hop_swap, hop_load, hop_column
             for n in range(group * arch.post_lanes, (group + 1) * arch.post_lanes):

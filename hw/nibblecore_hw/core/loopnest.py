@@ -56,8 +56,10 @@ class Loop:
         if self.axis not in (None, *AXES):
             raise ValueError(f"axis of loop {self.name!r} must be 'x', 'y' or None, not {self.axis!r}")
         if (self.move_bits > 0) != (self.axis is not None):
-            raise ValueError(f"loop {self.name!r} must have both axis and move_bits or neither, "
-                             f"not {self.axis!r} and {self.move_bits}")
+            raise ValueError(
+                f"loop {self.name!r} must have both axis and move_bits or neither, "
+                f"not {self.axis!r} and {self.move_bits}"
+            )
 
     @property
     def step_shape(self) -> Shape:
@@ -71,8 +73,14 @@ def loops_of(opcode: Opcode, order: Iterable[str]) -> tuple[Loop, ...]:
     def loop(name: str) -> Loop:
         step = fields[f"{name}_step"]
         move = fields[_MOVE_FIELDS[name]].bits if name in _MOVE_FIELDS else 0
-        return Loop(name=name, count_bits=fields[_COUNT_FIELDS[name]].bits, step_bits=step.bits,
-                    step_signed=step.signed, axis=_LOOP_AXES.get(name), move_bits=move)
+        return Loop(
+            name=name,
+            count_bits=fields[_COUNT_FIELDS[name]].bits,
+            step_bits=step.bits,
+            step_signed=step.signed,
+            axis=_LOOP_AXES.get(name),
+            move_bits=move,
+        )
 
     return tuple(loop(name) for name in order)
 
@@ -187,10 +195,12 @@ class LoopNest(wiring.Component):
                 raise ValueError(f"loops must have distinct names, and {name!r} occurs {names.count(name)} times")
         self._loops = tuple(loops)
         self._tag_bits = tag_bits
-        super().__init__({
-            "job": In(stream.Signature(job_layout(loops, tag_bits=tag_bits))),
-            "o": Out(stream.Signature(step_layout(loops, tag_bits=tag_bits))),
-        })
+        super().__init__(
+            {
+                "job": In(stream.Signature(job_layout(loops, tag_bits=tag_bits))),
+                "o": Out(stream.Signature(step_layout(loops, tag_bits=tag_bits))),
+            }
+        )
 
     @property
     def loops(self) -> tuple[Loop, ...]:
@@ -226,15 +236,19 @@ class LoopNest(wiring.Component):
         left = [Signal(loop.count_bits, name=f"left_{loop.name}", reset_less=True) for loop in loops]
         roll = Signal(len(loops) + 1)
         m.d.comb += [
-            roll.eq(Cat(1, *(last[:level + 1].all() for level in levels))),
+            roll.eq(Cat(1, *(last[: level + 1].all() for level in levels))),
             load.eq(self.job.valid & ~taken & (~counts_valid | (counts_move & roll[-1]))),
         ]
         with m.If(load):
             m.d.sync += [counts_valid.eq(1), begins.eq(1), taken.eq(1), hit.eq(0), reach.eq(~0), first.eq(~0)]
             for level, loop in enumerate(loops):
                 count = job[f"count_{loop.name}"]
-                m.d.sync += [counts[level].eq(count), left[level].eq(count), single[level].eq(count == 0),
-                             last[level].eq(count == 0)]
+                m.d.sync += [
+                    counts[level].eq(count),
+                    left[level].eq(count),
+                    single[level].eq(count == 0),
+                    last[level].eq(count == 0),
+                ]
         with m.Elif(counts_move):
             m.d.sync += [counts_valid.eq(counts_valid & ~roll[-1]), begins.eq(0)]
             for level in levels:
@@ -243,8 +257,11 @@ class LoopNest(wiring.Component):
                     with m.If(last[level]):
                         m.d.sync += [left[level].eq(counts[level]), first[level].eq(1), last[level].eq(single[level])]
                     with m.Else():
-                        m.d.sync += [left[level].eq(left[level] - 1), first[level].eq(0),
-                                     last[level].eq(left[level] == 1)]
+                        m.d.sync += [
+                            left[level].eq(left[level] - 1),
+                            first[level].eq(0),
+                            last[level].eq(left[level] == 1),
+                        ]
 
         # Stage 1 chooses what to add. These fields are taken as the first step of the job, which adds nothing, passes.
         choice_valid = Signal()
@@ -256,8 +273,14 @@ class LoopNest(wiring.Component):
         begin_passes = Signal()
         m.d.comb += begin_passes.eq(counts_move & counts_valid & begins)
         with m.If(counts_move):
-            m.d.sync += [choice_valid.eq(counts_valid), choice_begins.eq(begins), choice_hit.eq(hit),
-                         choice_reach.eq(reach), choice_first.eq(first), choice_last.eq(last)]
+            m.d.sync += [
+                choice_valid.eq(counts_valid),
+                choice_begins.eq(begins),
+                choice_hit.eq(hit),
+                choice_reach.eq(reach),
+                choice_first.eq(first),
+                choice_last.eq(last),
+            ]
 
         # Stage 2 adds; there the last fields are taken, and the job is done with.
         total_valid = Signal()
@@ -273,10 +296,13 @@ class LoopNest(wiring.Component):
         def running_sum(name: str, bits: int, start: Value, steps: dict[int, Value], *, one_more: bool) -> Signal:
             """``start``, plus a step (and one) per move of the loops that are keys of ``steps``."""
             origin = Signal(bits, name=f"{name}_origin", reset_less=True)
-            fields = {level: Signal(step.shape(), name=f"{name}_step_{loops[level].name}", reset_less=True)
-                      for level, step in steps.items()}
-            wide = {level: _sign_extend(field, bits) if field.shape().signed else field
-                    for level, field in fields.items()}
+            fields = {
+                level: Signal(step.shape(), name=f"{name}_step_{loops[level].name}", reset_less=True)
+                for level, step in steps.items()
+            }
+            wide = {
+                level: _sign_extend(field, bits) if field.shape().signed else field for level, field in fields.items()
+            }
             step = Signal(max(map(len, wide.values()), default=0), name=f"{name}_step", reset_less=True)
             moves = Signal(name=f"{name}_moves", reset_less=True)
             with m.If(begin_passes):
@@ -307,9 +333,13 @@ class LoopNest(wiring.Component):
             return result
 
         found = Signal(self.o.payload.shape())
-        address = running_sum("address", LOCAL_ADDR_BITS, job.base,
-                              {n: job[f"step_{loop.name}"] for n, loop in enumerate(loops) if loop.step_bits},
-                              one_more=False)
+        address = running_sum(
+            "address",
+            LOCAL_ADDR_BITS,
+            job.base,
+            {n: job[f"step_{loop.name}"] for n, loop in enumerate(loops) if loop.step_bits},
+            one_more=False,
+        )
         inside: Value = Const(1, 1)
         for axis in axes:
             moves = {n: job[f"move_{loop.name}"] for n, loop in enumerate(loops) if loop.axis == axis}
@@ -331,8 +361,12 @@ class LoopNest(wiring.Component):
         output = Signal.like(found, reset_less=True)
         output_valid = Signal()
         m.d.comb += [
-            found.addr.eq(address), found.inside.eq(inside), found.first.eq(total_first), found.last.eq(total_last),
-            self.o.payload.eq(output), self.o.valid.eq(output_valid),
+            found.addr.eq(address),
+            found.inside.eq(inside),
+            found.first.eq(total_first),
+            found.last.eq(total_last),
+            self.o.payload.eq(output),
+            self.o.valid.eq(output_valid),
             total_moves.eq(~spare_valid),
             choice_moves.eq(~total_valid | total_moves),
             counts_move.eq(~choice_valid | choice_moves),

@@ -98,17 +98,19 @@ class MacEngine(wiring.Component):
         self._arch = arch
         self._array = SystolicArray(arch, technology=technology)
         self._accumulators = Accumulators(arch, sum_bits=self._array.sum_bits, latency=self._array.latency)
-        super().__init__({
-            "command": In(command_signature()),
-            "done_stb": Out(1),
-            "busy": Out(1),
-            "x": Out(read_port(addr_bits=ceil_log2(arch.act_depth), word_bits=arch.word_bits)),
-            "w": Out(read_port(addr_bits=ceil_log2(arch.weight_depth), word_bits=arch.word_bits)),
-            "acc_read": In(acc_read_port(arch)),
-            "mac_weights": Out(1),
-            "mac_bank": Out(1),
-            "mac_active": Out(1),
-        })
+        super().__init__(
+            {
+                "command": In(command_signature()),
+                "done_stb": Out(1),
+                "busy": Out(1),
+                "x": Out(read_port(addr_bits=ceil_log2(arch.act_depth), word_bits=arch.word_bits)),
+                "w": Out(read_port(addr_bits=ceil_log2(arch.weight_depth), word_bits=arch.word_bits)),
+                "acc_read": In(acc_read_port(arch)),
+                "mac_weights": Out(1),
+                "mac_bank": Out(1),
+                "mac_active": Out(1),
+            }
+        )
 
     @property
     def start_cycles(self) -> int:
@@ -219,13 +221,25 @@ class MacEngine(wiring.Component):
                 m.d.sync += [fetches.eq(1), tile.eq(next_tile), address.eq(next_tile)]
         with m.If(offered & (wanting | (tile_begins & last_pass))):
             m.d.sync += [
-                wanting.eq(0), weights_taken.eq(1), fetches.eq(1),
-                tile.eq(instruction.w_addr), address.eq(instruction.w_addr), tile_step.eq(instruction.w_step),
+                wanting.eq(0),
+                weights_taken.eq(1),
+                fetches.eq(1),
+                tile.eq(instruction.w_addr),
+                address.eq(instruction.w_addr),
+                tile_step.eq(instruction.w_step),
             ]
 
         # What was granted arrives READ_LATENCY edges later, and its orders travel along.
-        orders = data.StructLayout({"control": control_layout(arch), "swap": 1, "inside": 1, "pad": 4, "load": 1,
-                                    "column": ceil_log2(arch.columns)})
+        orders = data.StructLayout(
+            {
+                "control": control_layout(arch),
+                "swap": 1,
+                "inside": 1,
+                "pad": 4,
+                "load": 1,
+                "column": ceil_log2(arch.columns),
+            }
+        )
         order = Signal(orders)
         m.d.comb += [
             order.control.valid.eq(enters),
@@ -267,8 +281,14 @@ class MacEngine(wiring.Component):
         m.d.comb += self.busy.eq(self.command.valid | unfinished.any())
         return m
 
-    def model(self, instruction: Instruction, *, x: Sequence[int], w: Sequence[int],
-              acc: Sequence[Sequence[MutableSequence[int]]]) -> None:
+    def model(
+        self,
+        instruction: Instruction,
+        *,
+        x: Sequence[int],
+        w: Sequence[int],
+        acc: Sequence[Sequence[MutableSequence[int]]],
+    ) -> None:
         """Execute ``instruction`` on the words ``x`` of the activation buffer and ``w`` of the weight buffer.
 
         ``acc[bank][pixel][column]`` is changed in place.
@@ -299,11 +319,19 @@ class MacEngine(wiring.Component):
                         col = i["x0"] + ox * i["stride_x"] + kx * i["dilation_x"]
                         word = [i["pad"]] * arch.lanes
                         if 0 <= row < i["height"] and 0 <= col < i["width"]:
-                            word = nibbles(x, i["x_addr"] + oy * i["oy_step"] + ox * i["ox_step"] + ky * i["ky_step"]
-                                           + kx * i["kx_step"] + brick * i["brick_step"])
+                            word = nibbles(
+                                x,
+                                i["x_addr"]
+                                + oy * i["oy_step"]
+                                + ox * i["ox_step"]
+                                + ky * i["ky_step"]
+                                + kx * i["kx_step"]
+                                + brick * i["brick_step"],
+                            )
                         cells = acc[i["acc_bank"]][pixel]
                         for column, product in enumerate(self._array.model(word, weights)):
-                            cells[column] = self._accumulators.model(cells[column], product, overwrite=overwrite,
-                                                                     shift=i["shift"])
+                            cells[column] = self._accumulators.model(
+                                cells[column], product, overwrite=overwrite, shift=i["shift"]
+                            )
                     overwrite = False
                     tile += i["w_step"]

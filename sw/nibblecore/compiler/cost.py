@@ -5,13 +5,14 @@ The execution model is that of :mod:`nibblecore.arch.isa`; what depends on the m
 finished program.
 """
 
+import bisect
 import dataclasses
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from ..arch.config import ArchConfig
-from ..arch.isa import INSTRUCTION_BYTES, Engine, Instruction, Opcode, OutputMode, engines_in
+from ..arch.isa import INSTRUCTION_BYTES, Engine, Instruction, LoadTarget, Opcode, OutputMode, engines_in
 
 if TYPE_CHECKING:
     from ..runtime.program import Program
@@ -142,9 +143,10 @@ def timing(i: Instruction, arch: ArchConfig, cost: CostParameters = DEFAULT_COST
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """When an instruction started, and when it was done."""
+    """When an instruction started, when its data began to stream, and when it was done."""
 
     start: int
+    stream: int
     done: int
 
 
@@ -163,7 +165,30 @@ class EngineClock:
         self._accept = stream  # one instruction ahead of the running one
         self._free = stream + t.busy
         self._done = max(self._free + t.tail, self._done + 1)
-        return Span(start, self._done)
+        return Span(start, stream, self._done)
+
+
+def stolen_words(i: Instruction, arch: ArchConfig, pixels: int) -> float:
+    """Accesses that a MAC of ``pixels`` pixels per tile loses to instruction ``i`` while it runs.
+
+    In memories with a single port every other engine wins over MAC: one lost pixel per access to the activation
+    buffer; one lost column per word of weights, where a pass leaves no slack. Dual-port banks lose next to nothing, as
+    the allocator keeps apart what is read at one time.
+    """
+    if i.opcode is Opcode.LOAD and i["target"] == LoadTarget.WEIGHTS:
+        slack = min(1.0, arch.columns / max(1, pixels))
+        return i["count0"] * slack if arch.weight_memory == "single" else 0.0
+    if arch.act_memory != "single" or i.opcode is Opcode.MAC:
+        return 0.0
+    if i.opcode is Opcode.POST:
+        words = MODE_WORDS[OutputMode(i["mode"])] + i["add"] * (1 + i["add_wide"])
+        if i["mode"] == OutputMode.RAW32:
+            words = max(1, words // arch.parts_per_brick)
+        return i["rows"] * i["cols"] * i["bricks"] * words / arch.act_banks
+    if i.opcode is Opcode.POOL:
+        taps = i["kernel_y"] * i["kernel_x"]
+        return i["rows"] * i["cols"] * i["bricks"] * (1 + i["wide"]) * (taps + 1) / arch.act_banks
+    return i["count0"] * i["count1"] * i["count2"] / arch.act_banks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +230,43 @@ class Estimate:
 def simulate(instructions: Sequence[Instruction], arch: ArchConfig, cost: CostParameters = DEFAULT_COST) -> list[Span]:
     """Start and end of every instruction.
 
+    Where memories have a single port, what MACs lose is taken from a first simulation without losses.
+
+    Raises :class:`ValueError` for a program whose semaphores are not signalled, or not freed, in stream order.
+    """
+    spans = _simulate(instructions, arch, cost, {})
+    if "single" in (arch.act_memory, arch.weight_memory):
+        for _ in range(2):
+            spans = _simulate(instructions, arch, cost, _losses(instructions, spans, arch))
+    return spans
+
+
+def _losses(instructions: Sequence[Instruction], spans: Sequence[Span], arch: ArchConfig) -> dict[int, int]:
+    """Cycles that each MAC loses to instructions that stream at the same time, by its index."""
+    rivals = [(s, i) for s, i in zip(spans, instructions, strict=True) if i.engine not in (None, Engine.MAC)]
+    rivals.sort(key=lambda r: r[0].stream)
+    longest = max((s.done - s.stream for s, _ in rivals), default=0)
+    starts = [s.stream for s, _ in rivals]
+    result = {}
+    for index, (span, i) in enumerate(zip(spans, instructions, strict=True)):
+        if i.engine is not Engine.MAC:
+            continue
+        lost = 0.0
+        first, last = bisect.bisect_left(starts, span.stream - longest), bisect.bisect_left(starts, span.done)
+        for other, rival in rivals[first:last]:
+            overlap = min(span.done, other.done) - max(span.stream, other.stream)
+            if overlap > 0:
+                words = stolen_words(rival, arch, i["rows"] * i["cols"])
+                lost += words * overlap / max(1, other.done - other.stream)
+        result[index] = round(lost)
+    return result
+
+
+def _simulate(
+    instructions: Sequence[Instruction], arch: ArchConfig, cost: CostParameters, losses: Mapping[int, int]
+) -> list[Span]:
+    """Start and end of every instruction; MACs take as many more cycles as ``losses`` says.
+
     One pass in stream order is exact, because in the compiler's programs every semaphore is signalled, and a full one
     freed, by an instruction earlier in the stream. Raises :class:`ValueError` where that is not so.
     """
@@ -220,7 +282,7 @@ def simulate(instructions: Sequence[Instruction], arch: ArchConfig, cost: CostPa
     for index, i in enumerate(instructions):
         engine = i.engine
         if engine is None:
-            spans.append(Span(fetched, max(end, fetched)))
+            spans.append(Span(fetched, fetched, max(end, fetched)))
             break
         queue = started[engine]
         if len(queue) >= arch.queue_depth:
@@ -230,7 +292,10 @@ def simulate(instructions: Sequence[Instruction], arch: ArchConfig, cost: CostPa
             if not tokens[source, engine]:
                 raise ValueError(f"instruction {index} waits for {source.name}, which nothing earlier signals")
             ready = max(ready, tokens[source, engine].popleft())
-        span = clocks[engine].run(ready + cost.issue, timing(i, arch, cost))
+        t = timing(i, arch, cost)
+        if lost := losses.get(index, 0):
+            t = dataclasses.replace(t, busy=t.busy + lost)
+        span = clocks[engine].run(ready + cost.issue, t)
         for source in engines_in(i["wait"]):
             taken[source, engine].append(span.start)
         for target in engines_in(i["signal"]):
