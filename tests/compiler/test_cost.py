@@ -1,0 +1,60 @@
+"""The cycle model: what engines overlap, what single-port memories cost, and what it refuses."""
+
+import itertools
+
+import pytest
+
+from nibblecore.arch.config import get_arch
+from nibblecore.arch.isa import Engine, LoadTarget, Opcode, OutputMode, Region, make
+from nibblecore.compiler.cost import CostParameters, simulate, stolen_words, timing, transfer_cycles
+
+ARCH = get_arch("small")
+MAC = make(Opcode.MAC, rows=8, cols=8, bricks=4, kernel_y=3, kernel_x=3, w_step=16)
+
+
+def test_a_pass_lasts_at_least_a_weight_tile() -> None:
+    assert timing(MAC, ARCH).busy == 36 * 64
+    assert timing(make(Opcode.MAC, rows=2, cols=2, bricks=4, w_step=16), ARCH).busy == 4 * 16
+
+
+@pytest.mark.parametrize(("prefetch", "gap"), [(True, 0), (False, 16)])
+def test_macs_follow_each_other(prefetch: bool, gap: int) -> None:
+    spans = simulate([MAC, MAC, MAC, make(Opcode.END)], ARCH, CostParameters(mac_prefetch=prefetch))
+    assert [b.stream - a.stream for a, b in itertools.pairwise(spans[:3])] == [36 * 64 + gap] * 2
+
+
+def test_transfers_count_beats_and_bursts() -> None:
+    assert transfer_cycles(ARCH, 1, 100) == 100
+    assert transfer_cycles(ARCH, 10, 1) == 20  # an address every second cycle
+    assert transfer_cycles(get_arch("tiny"), 1, 100) == 100
+    assert transfer_cycles(ARCH.replace(bus_bits=128), 1, 100) == 50
+
+
+def test_post_is_bound_by_lanes_or_words() -> None:
+    fields = {"rows": 4, "cols": 4}
+    assert timing(make(Opcode.POST, mode=OutputMode.INT4, **fields), ARCH).busy == 16 * 4
+    assert timing(make(Opcode.POST, mode=OutputMode.RAW32, **fields), ARCH).busy == 16 * 8
+    wide = ARCH.replace(post_lanes=16)
+    assert timing(make(Opcode.POST, mode=OutputMode.INT8, **fields), wide).busy == 16 * 2
+
+
+def test_single_port_memories_slow_the_array() -> None:
+    tiny = get_arch("tiny")
+    load = make(Opcode.LOAD, target=LoadTarget.ACTIVATIONS, region=Region.INPUT, count0=500)
+    mac = make(Opcode.MAC, rows=8, cols=8, bricks=8, kernel_y=3, kernel_x=3, w_step=4)
+    assert stolen_words(load, tiny, 64) == 500
+    assert stolen_words(load, ARCH, 64) == 0
+    weights = make(Opcode.LOAD, target=LoadTarget.WEIGHTS, region=Region.CONSTANTS, count0=500)
+    assert stolen_words(weights, tiny, 1) == 500
+    assert stolen_words(weights, tiny, 40) == 50
+    alone, beside = (simulate([*code, make(Opcode.END)], tiny) for code in ([mac], [mac, load]))
+    assert beside[0].done - alone[0].done == pytest.approx(500, abs=10)
+
+
+def test_a_program_out_of_order_is_refused() -> None:
+    load, store = make(Opcode.LOAD, signal=[Engine.STORE]), make(Opcode.STORE, wait=[Engine.LOAD])
+    with pytest.raises(ValueError, match=r"^instruction 0 waits for LOAD, which nothing earlier signals$"):
+        simulate([store, load, make(Opcode.END)], ARCH)
+    small = ARCH.replace(semaphore_bits=2)
+    with pytest.raises(ValueError, match=r"^instruction 3 overflows the semaphore towards STORE$"):
+        simulate([load] * 4 + [store] * 4 + [make(Opcode.END)], small)
