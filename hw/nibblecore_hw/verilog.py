@@ -13,6 +13,7 @@ from amaranth.lib.wiring import In
 
 _ATTRIBUTES: Final = ("generator", "top", "src", "amaranth.hierarchy", "amaranth.decoding")
 _MEMORY_INIT: Final = re.compile(r"  cell \$meminit_v2 .*?\n  end\n", re.DOTALL)
+_FUNCTION: Final = re.compile(r"\\(\$procmux\$\d+) ")
 _NONZERO: Final = re.compile(r"connect \\DATA \d+'[0x]*1")
 
 
@@ -58,4 +59,5 @@ def to_verilog(component: Any, *, name: str, platform: Any = None) -> str:
         ]
         yosys = find_yosys(lambda version: version >= (0, 40))
         result: str = yosys.run(["-q", "-"], "\n".join(script), ignore_warnings=True)
-    return result
+    # Functions named like system tasks: legal as escaped names, but Icarus takes them for system tasks.
+    return _FUNCTION.sub(lambda m: m.group(1).replace("$", "_")[1:] + " ", result)
