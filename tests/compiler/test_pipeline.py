@@ -153,3 +153,14 @@ def test_debug_names_the_layer_of_every_instruction() -> None:
 def test_options_are_checked() -> None:
     with pytest.raises(ValueError, match=r"^tile_pixels must be at least 1, not 0$"):
         CompileOptions(tile_pixels=0)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_what_the_rules_allow_finds_a_place(checked: Checked, seed: int) -> None:
+    """Windows that nearly fill the buffer: no fragmentation may refuse what the rules have let pass."""
+    core = CORES["parts"]
+    rng = np.random.default_rng([seed, 3])
+    builder = GraphBuilder(rng, (int(rng.integers(17, 33)), 4, int(rng.integers(8, 12))), bits=8)
+    x = builder.conv(builder.input, int(rng.integers(17, 33)), bits=8, weight_bits=4, kernel=(1, 1), padding=(0,) * 4)
+    x = builder.avg_pool(x)
+    checked(builder.finish(builder.linear(x, 7, bits=32)), core, CompileOptions(tile_pixels=11), seed=seed)

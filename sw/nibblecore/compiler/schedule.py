@@ -181,6 +181,7 @@ class Planner:
         choice = bystanders or live
         if not choice:
             raise CompileError([f"{layer.path}: {self.too_large(index)}"])
+        self.slack[index] = 0
         victim = max(choice, key=lambda name: (self.layouts[name].words, name))
         self.residents.remove(victim)
         return min(self.produced.get(victim, self.first_use.get(victim, index)), index)
@@ -709,8 +710,8 @@ class Builder:
 def schedule(graph: Graph, arch: ArchConfig, options: CompileOptions, cost: CostParameters) -> Schedule:
     """Plan a lowered graph; raises :class:`CompileError` where a layer fits no buffer.
 
-    Where the buffer is too fragmented for the plan, loads are issued later, then bands get smaller, then tensors move
-    to DRAM, until everything has a place.
+    Where the buffer is too fragmented for the plan, banks are disregarded, then loads are issued later, then bands get
+    smaller, then tensors move to DRAM, until everything has a place.
     """
     planner = Planner(graph, arch, options, cost)
     while True:
@@ -718,6 +719,10 @@ def schedule(graph: Graph, arch: ArchConfig, options: CompileOptions, cost: Cost
         builder = Builder(planner, plans)
         requests = builder.requests()
         addresses, failed = allocate(requests, arch.act_depth, arch.act_banks)
+        if failed:  # denser, without regard to banks
+            dense, still = allocate(requests, arch.act_depth)
+            if len(still) < len(failed):
+                addresses, failed = dense, still
         if not failed:
             break
         for k in failed:
@@ -741,6 +746,5 @@ def _tighten(planner: Planner, layer: int) -> None:
     """Give the layer less room than it asked for; spill a tensor when that has gone on for long."""
     step = max(1, planner.arch.act_depth // 16)
     planner.slack[layer] += step
-    if planner.slack[layer] > planner.arch.act_depth // 2 and planner.live_residents(layer):
-        planner.slack[layer] = 0
+    if planner.slack[layer] > 4 * step and planner.live_residents(layer):
         planner.spill(layer)
