@@ -19,6 +19,8 @@ TOP = "simulated_core"
 RTL = Path(__file__).parent / "rtl"
 # What Yosys writes for Amaranth's zero-width signals, and for multiplexers whose one-hot selects it knows.
 GENERATED = ("-Wno-ASCRANGE", "-Wno-CASEOVERLAP")
+# Memories and registers without a reset hold random bits at power-up, as on silicon: nothing may depend on them.
+POWER_UP = ("--x-initial", "unique")
 
 
 def core_verilog(arch: ArchConfig) -> Path:
@@ -36,7 +38,8 @@ def core_verilog(arch: ArchConfig) -> Path:
     if not path.exists():
         from nibblecore_hw.top import Accelerator
 
-        write_atomically(path, to_verilog(Accelerator(arch), name="nibblecore").encode())
+        text = to_verilog(Accelerator(arch), name="nibblecore")
+        write_atomically(path, text.encode())
     return path
 
 
@@ -53,20 +56,21 @@ def build_core(
     sources = [core_verilog(arch), RTL / "axi_memory.sv", RTL / "simulated_core.sv"]
     if simulator == "icarus":
         return build_icarus(TOP, sources, parameters=parameters, waves=waves)
-    return build_verilator(TOP, sources, parameters=parameters, flags=GENERATED, waves=waves)
+    return build_verilator(TOP, sources, parameters=parameters, flags=(*GENERATED, *POWER_UP), waves=waves)
 
 
-def serve_command(build: Build, folder: Path) -> list[str]:
-    """Command line of the process that runs ``build`` in ``folder`` and serves a host."""
+def serve_command(build: Build, folder: Path, power_up: int) -> list[str]:
+    """Command line of the process that runs ``build`` in ``folder`` and serves a host; ``power_up`` is a seed."""
     values: dict[str, Any] = {k: os.fspath(v) if isinstance(v, Path) else v for k, v in vars(build).items()}
-    return [sys.executable, "-m", "nibblecore_sim.core_build", json.dumps(values), str(folder)]
+    return [sys.executable, "-m", "nibblecore_sim.core_build", json.dumps(values), str(folder), str(power_up)]
 
 
 def main() -> None:
-    values, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
+    values, folder, power_up = json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     paths: dict[str, Any] = {name: Path(values[name]) for name in ("directory", "executable")}
     build = Build(**{**values, **paths})
-    build.run("nibblecore_sim.tb.tb_transport", directory=folder, waves=build.waves)
+    random_bits = ("+verilator+rand+reset+2", f"+verilator+seed+{power_up}")
+    build.run("nibblecore_sim.tb.tb_transport", directory=folder, waves=build.waves, plusargs=random_bits)
 
 
 if __name__ == "__main__":

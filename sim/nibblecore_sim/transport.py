@@ -43,6 +43,8 @@ class SimTransport(Transport):
         ``"verilator"`` or ``"icarus"``.
     waves : Path, optional
         Folder that gets a waveform of the whole session.
+    power_up : int
+        Seed of what memories and registers without a reset hold at power-up (Verilator), 1 or more.
 
     Attributes
     ----------
@@ -58,6 +60,7 @@ class SimTransport(Transport):
         latency: int = 20,
         simulator: str = "verilator",
         waves: Path | None = None,
+        power_up: int = 1,
     ) -> None:
         self.arch: ArchConfig = arch
         self.memory_bytes = memory_bytes
@@ -73,7 +76,7 @@ class SimTransport(Transport):
         socket = str(self._folder / "host")
         environment = {**os.environ, "NIBBLECORE_SOCKET": socket, "NIBBLECORE_BUS_BYTES": str(arch.bus_bytes)}
         environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-        command = serve_command(build, self._folder)
+        command = serve_command(build, self._folder, power_up)
         with Listener(socket, "AF_UNIX") as listener, self._log.open("wb") as log:
             self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
             self._connection = self._accept(listener)

@@ -602,8 +602,10 @@ class PostUnit(wiring.Component):
             m.submodules[f"residual_{i}"] = residual = ResidualLane()
             record = store.records[i]
             b_high, b_low = operand_high.word_select(i, 4), operand_low.word_select(i, 4)
-            # 16*high + low + 8, or low alone
-            joined = Cat(b_low[:3], b_low[3] ^ add_wide, Mux(add_wide, b_high, b_low[3].replicate(4)))
+            # 16*high + low + 8, or low alone. Without an operand 0, and not what the memory happens to hold: times
+            # k_b = 0 it is all the same, but not to a four-state simulator. It costs no LUT.
+            code = Cat(b_low[:3], b_low[3] ^ add_wide, Mux(add_wide, b_high, b_low[3].replicate(4)))
+            joined = code & add.replicate(8)
             m.d.comb += [
                 requant.acc.eq(self.acc_read.data[i]),
                 requant.bias.eq(record.bias),
