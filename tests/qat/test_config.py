@@ -28,11 +28,11 @@ def test_json_round_trip() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
-        ({"weight_bits": 3}, ValueError, r"^weight_bits must be 4 or 8, not 3$"),
-        ({"act_bits": "4"}, ValueError, r"^act_bits must be 4 or 8, not '4'$"),
-        ({"first_last_bits": 16}, ValueError, r"^first_last_bits must be 4 or 8, not 16$"),
-        ({"residual_bits": 0}, ValueError, r"^residual_bits must be 4 or 8, not 0$"),
-        ({"shortcut_bits": None}, ValueError, r"^shortcut_bits must be 4 or 8, not None$"),
+        ({"weight_bits": 5}, ValueError, r"^weight_bits must be 2, 3, 4 or 8, not 5$"),
+        ({"act_bits": "4"}, ValueError, r"^act_bits must be 2, 3, 4 or 8, not '4'$"),
+        ({"first_last_bits": 16}, ValueError, r"^first_last_bits must be 2, 3, 4 or 8, not 16$"),
+        ({"residual_bits": 0}, ValueError, r"^residual_bits must be 2, 3, 4 or 8, not 0$"),
+        ({"shortcut_bits": None}, ValueError, r"^shortcut_bits must be 2, 3, 4 or 8, not None$"),
         ({"output_bits": 4}, ValueError, r"^output_bits must be 8 or 32, not 4$"),
         ({"overrides": [1]}, TypeError, r"^overrides must be a tuple of Override, not \[1\]$"),
     ],
@@ -43,9 +43,9 @@ def test_errors(arguments: dict[str, Any], error: type[Exception], text: str) ->
 
 
 def test_override_errors() -> None:
-    with pytest.raises(ValueError, match=r"^weight_bits of override 'a\*' must be 4 or 8, not 2$"):
-        Override(pattern="a*", weight_bits=2)
-    with pytest.raises(ValueError, match=r"^override 'a\*' must set weight_bits or act_bits$"):
+    with pytest.raises(ValueError, match=r"^weight_bits of override 'a\*' must be 2, 3, 4 or 8, not 6$"):
+        Override(pattern="a*", weight_bits=6)
+    with pytest.raises(ValueError, match=r"^override 'a\*' must set weight_bits, act_bits or another field$"):
         Override(pattern="a*")
 
 

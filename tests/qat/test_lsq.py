@@ -140,7 +140,7 @@ def test_fake_quant_equals_codes_times_scale(bits: int, shape: tuple[int, ...]) 
     weight = torch.randn(shape)
     quantizer = LsqWeights(weight, bits)
     codes = quantizer.codes(weight)
-    scale = quantizer.scale().reshape(-1, *[1] * (len(shape) - 1))
+    scale = quantizer.scale_like(weight)
     assert torch.equal(quantizer(weight), codes * scale)
     assert codes.dtype == torch.int64
     assert int(codes.abs().max()) <= quantizer.limit

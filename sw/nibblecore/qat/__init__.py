@@ -12,13 +12,16 @@ from . import lsq  # registers its method
 from .checkpoint import checkpoint_facts, load_checkpoint, load_model, save_checkpoint
 from .config import Override, QConfig
 from .convert import convert
-from .methods import METHODS, ActQuantizer, Method, WeightQuantizer
+from .lsq import LsqOptions
+from .methods import METHODS, ActQuantizer, Method, MethodOptions, WeightQuantizer
 from .prepare import QuantModel, calibrate, parameter_groups, prepare
 
 __all__ = [
     "METHODS",
     "ActQuantizer",
+    "LsqOptions",
     "Method",
+    "MethodOptions",
     "Override",
     "QConfig",
     "QuantModel",

@@ -68,12 +68,14 @@ class _Converter:
         return (shape[0], shape[1], shape[2])
 
     def _output_type(self, path: str, quantizer: ActQuantizer) -> ir.TensorType:
-        return ir.TensorType(self._shape(path), quantizer.bits, float(quantizer.scale().detach()), quantizer.zero)
+        return ir.TensorType(
+            self._shape(path), quantizer.storage_bits, float(quantizer.scale().detach()), quantizer.zero
+        )
 
     @staticmethod
     def _clamps(quantizer: ActQuantizer) -> tuple[int, int]:
-        """Stored codes; the lowest one of an unsigned grid is its zero, which makes the clamp a ReLU."""
-        return numerics.code_range(quantizer.bits)
+        """Stored codes; the lowest one of a rectified grid is its zero, which makes the clamp a ReLU."""
+        return quantizer.zero + quantizer.low, quantizer.zero + quantizer.high
 
     def _node(self, path: str, inputs: tuple[str, ...], module: nn.Module) -> None:
         operands = [self.tensors[n] for n in inputs]
@@ -110,6 +112,8 @@ class _Converter:
 
     def _conv(self, path: str, inputs: tuple[str, ...], module: QuantLayer, x: ir.TensorType) -> None:
         assert isinstance(x.scale, float)
+        if (why := module.weight_quantizer.refusal()) is not None:
+            self.violations.append(f"{path}: {why}")
         weight = module.int_weight().cpu().numpy()
         weight = weight.reshape(*weight.shape[:2], *(weight.shape[2:] or (1, 1)))
         scale: npt.NDArray[np.float64] = module.scale().detach().double().cpu().numpy()
@@ -138,7 +142,7 @@ class _Converter:
         geometry = (1, 1), (0, 0, 0, 0), (1, 1)
         if isinstance(module, QuantConv2d):
             geometry = module.stride, module.padding, module.dilation
-        bits = module.weight_quantizer.bits
+        bits = module.weight_quantizer.storage_bits
         self.nodes.append(ir.Conv(path, inputs, path, weight, bits, scale, bias, mult, shift, *geometry, low, high))
 
     def _record(

@@ -68,10 +68,10 @@ class QuantLayer(nn.Module):
 
     def scale(self) -> Tensor:
         """Step of the weights per output channel, shape ``(out,)``."""
-        return self.weight_quantizer.scale()
+        return self.weight_quantizer.scale(self.weight)
 
     def int_weight(self) -> Tensor:
-        """What the weight buffer gets, int64, of the shape of ``weight``: -7..7, or the 225 codes of 8-bit weights."""
+        """What the weight buffer gets, int64, of the shape of ``weight``: nibbles or the 225 codes of 8 bits."""
         return self.weight_quantizer.codes(self.weight)
 
     def int_bias(self, input_step: Tensor | float) -> Tensor:

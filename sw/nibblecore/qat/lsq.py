@@ -4,15 +4,16 @@ Our own autograd function, because torch's learnable fake quantization tests for
 the last level and half a step above it, that gives other gradients than the paper's equations 3 and 5.
 """
 
+import dataclasses
 import math
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..arch import numerics
-from .methods import METHODS, ActQuantizer, Method, WeightQuantizer
+from .methods import METHODS, ActQuantizer, Method, MethodOptions, WeightQuantizer, check_choice
 
 STEP_MIN: Final = 2.0**-26
 """The smallest step; a layer whose values are smaller is quantized to zeros."""
@@ -35,6 +36,27 @@ class PositiveStep(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (raw,) = ctx.saved_tensors
         return torch.where(raw < 0, -grad, grad)
+
+
+class NearestPowerOfTwo(torch.autograd.Function):
+    """``2 ** round(log2(step))``; the rounding of the exponent passes gradients straight through.
+
+    Hence ``d result / d step = result / step``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, step: Tensor) -> Tensor:
+        # log2 of a power of two may be off by an ulp, which the rounding removes; ldexp is exact.
+        result = torch.ldexp(torch.ones_like(step), step.detach().log2().round())
+        result = torch.where(step.isnan(), step, result)
+        ctx.save_for_backward(result / step)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (slope,) = ctx.saved_tensors
+        return grad * slope
 
 
 class Lsq(torch.autograd.Function):
@@ -100,76 +122,101 @@ def initial_step(mean: Tensor, largest: Tensor, high: int) -> Tensor:
     return torch.minimum(2 * mean / math.sqrt(high), largest / high)
 
 
-class LsqWeights(WeightQuantizer):
-    """Weights with a learned step per output channel; ``step`` is stored as it is, see :class:`PositiveStep`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LsqOptions(MethodOptions):
+    """Where publications and implementations of LSQ differ.
 
-    ``grad_scale`` is ``1 / sqrt(N * p)`` with N the weights of one channel and p the highest code.
+    Parameters
+    ----------
+    grad_scale : bool
+        Whether the gradients of steps are scaled by ``1 / sqrt(N * p)``, p the highest code. Without, give steps an
+        optimizer of their own, as Adam with a learning rate of 1e-5.
+    weight_count : {"step", "layer"}
+        N of weights: those that share the step, or all of the layer.
+    act_count : {"features", "batch"}
+        N of activations: values per image, fixed when the model is prepared, so that neither batch size nor image size
+        changes how fast steps learn; or all values of each batch.
     """
 
-    def __init__(self, weight: Tensor, bits: int) -> None:
-        super().__init__(weight, bits)
-        flat = weight.detach().reshape(weight.shape[0], -1)
-        steps = initial_step(flat.abs().mean(1), flat.abs().amax(1), self.limit)
+    method: ClassVar[str] = "lsq"
+    grad_scale: bool = True
+    weight_count: str = "step"
+    act_count: str = "features"
+
+    def __post_init__(self) -> None:
+        check_choice(self, "grad_scale", (True, False))
+        check_choice(self, "weight_count", ("step", "layer"))
+        check_choice(self, "act_count", ("features", "batch"))
+
+
+class LsqWeights(WeightQuantizer):
+    """Weights with learned steps; ``step`` is stored as it is, see :class:`PositiveStep`.
+
+    ``grad_scale`` is ``1 / sqrt(N * p)``, see :class:`LsqOptions`.
+    """
+
+    def __init__(self, weight: Tensor, bits: int, *, options: LsqOptions | None = None, **grid: Any) -> None:
+        super().__init__(weight, bits, **grid)
+        options = options or LsqOptions()
+        steps = self.initial(self.groups(weight.detach()))
         # A channel of zeros has no step of its own; a usual one keeps its bias representable.
         usual = steps[steps > 0].mean() if bool((steps > 0).any()) else torch.ones_like(steps[0])
         self.step = nn.Parameter(torch.where(steps > 0, steps, usual))
-        self.grad_scale = 1 / math.sqrt(flat.shape[1] * self.limit)
-        self.kind = "half_even" if bits == 4 else "w8"
+        count = weight.numel() // (len(steps) if options.weight_count == "step" else 1)
+        self.grad_scale = 1 / math.sqrt(count * self.high) if options.grad_scale else 1.0
 
-    def scale(self) -> Tensor:
+    def initial(self, groups: Tensor) -> Tensor:
+        """The first steps; ``groups`` has a row for each. 0 where there is no information."""
+        return initial_step(groups.abs().mean(1), groups.abs().amax(1), self.high)
+
+    def scale(self, weight: Tensor) -> Tensor:
         step: Tensor = PositiveStep.apply(self.step)
-        return step
-
-    def _scale_like(self, weight: Tensor) -> Tensor:
-        return self.scale().reshape(-1, *[1] * (weight.ndim - 1))
+        if self.power_of_two:
+            step = NearestPowerOfTwo.apply(step)
+        return step.expand(weight.shape[0])
 
     def codes(self, weight: Tensor) -> Tensor:
         with torch.no_grad():
-            return quantize(weight / self._scale_like(weight), -self.limit, self.limit, self.kind).long()
+            return quantize(weight / self.scale_like(weight), self.low, self.high, self.kind).long()
 
     def forward(self, weight: Tensor) -> Tensor:
-        scale = self._scale_like(weight)
-        result: Tensor = Lsq.apply(weight, scale, -self.limit, self.limit, self.grad_scale, self.kind)
+        scale = self.scale_like(weight)
+        result: Tensor = Lsq.apply(weight, scale, self.low, self.high, self.grad_scale, self.kind)
         return result
 
 
 class LsqActivations(ActQuantizer):
     """Activations with one learned step, stored as it is (see :class:`PositiveStep`) and nan until calibrated.
 
-    ``grad_scale`` is ``1 / sqrt(N * p)`` with N the values per image, fixed when the model is prepared, so that neither
-    batch size nor image size changes how fast steps learn.
+    ``grad_scale`` is ``1 / sqrt(N * p)``, see :class:`LsqOptions`.
     """
 
-    def __init__(self, bits: int, unsigned: bool, features: int) -> None:
-        super().__init__(bits, unsigned, features)
-        self.step = nn.Parameter(torch.tensor(math.nan))
-        self.grad_scale = 1 / math.sqrt(features * self.high)
-        self._reset()
+    own_calibration = "mean_magnitude"
 
-    def _reset(self) -> None:
-        self._total = self._count = self._largest = 0.0
+    def __init__(
+        self, bits: int, unsigned: bool, features: int, *, options: LsqOptions | None = None, **grid: Any
+    ) -> None:
+        super().__init__(bits, unsigned, features, **grid)
+        self.options = options or LsqOptions()
+        self.step = nn.Parameter(torch.tensor(math.nan))
+
+    def grad_scale(self, x: Tensor) -> float:
+        """What the gradients of the step are multiplied by for the batch ``x``."""
+        if not self.options.grad_scale:
+            return 1.0
+        count = x.numel() if self.options.act_count == "batch" else self.features
+        return 1 / math.sqrt(count * self.high)
 
     def scale(self) -> Tensor:
         step: Tensor = PositiveStep.apply(self.step)
-        return step
+        return NearestPowerOfTwo.apply(step) if self.power_of_two else step
 
-    def observe(self, x: Tensor) -> None:
-        magnitude = x.abs()
-        self._total += float(magnitude.sum(dtype=torch.float64))
-        self._count += x.numel()
-        self._largest = max(self._largest, float(magnitude.max()))
-
-    def finish(self) -> None:
-        mean, largest = (torch.tensor(v, dtype=torch.float64) for v in (self._total / self._count, self._largest))
-        step = float(initial_step(mean, largest, self.high))
-        self._reset()
-        with torch.no_grad():
-            # A tensor that is always zero: any step represents it.
-            self.step.fill_(step if step > 0 else 1.0)
+    def set_range(self, low: float, high: float) -> None:
+        self.step.fill_(self.step_for(low, high))
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        result: Tensor = Lsq.apply(x, self.scale(), self.low, self.high, self.grad_scale, "half_up")
+        result: Tensor = Lsq.apply(x, self.scale(), self.low, self.high, self.grad_scale(x), "half_up")
         return result
 
 
-METHODS["lsq"] = Method(weights=LsqWeights, activations=LsqActivations)
+METHODS["lsq"] = Method(weights=LsqWeights, activations=LsqActivations, options=LsqOptions)

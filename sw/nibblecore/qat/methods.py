@@ -9,83 +9,220 @@ weights, calibration, conversion) speaks to the two interfaces here. To add one,
 import abc
 import dataclasses
 import math
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor, nn
 
 from ..arch import numerics
+from .calibration import CALIBRATIONS, Calibrator
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MethodOptions:
+    """Base of the options of a method, which :attr:`nibblecore.qat.QConfig.options` holds."""
+
+    method: ClassVar[str]
+    """The name in :data:`METHODS`."""
+
+
+def check_choice(options: MethodOptions, name: str, allowed: tuple[Any, ...]) -> None:
+    """Raise :class:`ValueError` unless the option ``name`` is one of ``allowed``."""
+    value = getattr(options, name)
+    if value not in allowed:
+        shown = ", ".join(map(repr, allowed))
+        raise ValueError(f"{name} of {type(options).__name__} must be one of {shown}, not {value!r}")
+
+
+def weight_range(bits: int, full_range: bool = False) -> tuple[int, int]:
+    """Lowest and highest code of weights.
+
+    2 and 3 bits use their whole grids, 4 bits -7..7 or, with ``full_range``, -8..7; of 8 bits see
+    :func:`nibblecore.arch.numerics.is_weight8`.
+    """
+    if bits == 8:
+        return -numerics.W8_LIMIT, numerics.W8_LIMIT
+    if bits == 4 and not full_range:
+        return -numerics.W4_LIMIT, numerics.W4_LIMIT
+    return numerics.code_range(bits)
+
+
+def storage_bits(bits: int) -> int:
+    """What codes of ``bits`` take in memory: a nibble or a byte."""
+    return 4 if bits <= 4 else 8
 
 
 class WeightQuantizer(nn.Module, abc.ABC):
-    """Fake quantization of one layer's weights: symmetric, one step per output channel.
+    """Fake quantization of one layer's weights: symmetric, one step per output channel or one for all.
 
-    Built from the folded float weights, out of which it must initialize itself completely.
+    Built from the float weights, out of which it must initialize itself completely.
 
     Parameters
     ----------
     weight : Tensor
         Output channels first.
     bits : int
-        4: codes in -7..7. 8: the 225 codes of :func:`nibblecore.arch.numerics.is_weight8`.
+        2, 3, 4 or 8, see :func:`weight_range`. Codes of 2 and 3 bits are stored in nibbles.
+    per_channel : bool
+    full_range : bool
+        Whether 4-bit weights use the code -8 too.
+    power_of_two : bool
+        Whether steps are powers of two.
     """
 
-    def __init__(self, weight: Tensor, bits: int) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bits: int,
+        *,
+        per_channel: bool = True,
+        full_range: bool = False,
+        power_of_two: bool = False,
+    ) -> None:
         super().__init__()
         self.bits = bits
-        self.limit = numerics.W4_LIMIT if bits == 4 else numerics.W8_LIMIT
+        self.per_channel = per_channel
+        self.power_of_two = power_of_two
+        self.low, self.high = weight_range(bits, full_range)
+
+    @property
+    def limit(self) -> int:
+        """Highest code."""
+        return self.high
+
+    @property
+    def storage_bits(self) -> int:
+        """4 or 8."""
+        return storage_bits(self.bits)
+
+    @property
+    def kind(self) -> str:
+        """How codes are rounded, see :func:`nibblecore.qat.lsq.quantize`."""
+        return "w8" if self.bits == 8 else "half_even"
+
+    def groups(self, weight: Tensor) -> Tensor:
+        """The weights, a row for each step."""
+        return weight.reshape(weight.shape[0] if self.per_channel else 1, -1)
 
     @abc.abstractmethod
-    def scale(self) -> Tensor:
-        """Step per output channel, shape ``(out,)``, all positive."""
+    def scale(self, weight: Tensor) -> Tensor:
+        """Step per output channel, shape ``(out,)``, all positive; equal ones where there is one step for all."""
+
+    def scale_like(self, weight: Tensor) -> Tensor:
+        """:meth:`scale` in a shape that broadcasts against ``weight``."""
+        return self.scale(weight).reshape(-1, *[1] * (weight.ndim - 1))
 
     @abc.abstractmethod
     def codes(self, weight: Tensor) -> Tensor:
         """What the chip gets: int64 codes of the shape of ``weight``."""
 
+    def refusal(self) -> str | None:
+        """Why the integers of this quantizer have no place on the chip, in two sentences; None if they have."""
+        return None
+
     @abc.abstractmethod
     def forward(self, weight: Tensor) -> Tensor:
-        """``codes(weight) * scale()``, differentiable."""
+        """``codes(weight) * scale(weight)``, differentiable."""
 
 
 class ActQuantizer(nn.Module, abc.ABC):
     """Fake quantization of one activation tensor: one step.
 
-    Code ``q`` stands for ``step * q``: unsigned codes (0..15, 0..255) where no value is negative, signed ones (-8..7,
-    -128..127) elsewhere. *Stored* codes are signed always: unsigned ones less half their number.
+    Code ``q`` in :attr:`low` .. :attr:`high` stands for ``step * q``: unsigned codes (as 0..15) where no value is
+    negative, signed ones (as -8..7) elsewhere, and with a zero point ``z`` unsigned ones less ``z``. *Stored* codes are
+    ``q + zero``, signed always, in the lower part of a nibble or byte where it is unsigned: those of uint2 are -8..-5.
 
     Parameters
     ----------
     bits : int
-        4 or 8.
+        2, 3, 4 or 8.
     unsigned : bool
-        Whether negative values become 0: the tensor is behind a ReLU or never negative.
+        Whether codes are unsigned; then negative values become 0.
     features : int
         Values per image.
+    rectified : bool
+        Whether negative values become 0 although codes are signed: the tensor is behind a ReLU.
+    power_of_two : bool
+        Whether the step is a power of two.
+    calibration : str
+        How the range is found: a name in :data:`nibblecore.qat.calibration.CALIBRATIONS`, or "method" for what the
+        method's authors do.
     """
 
-    def __init__(self, bits: int, unsigned: bool, features: int) -> None:
+    own_calibration: ClassVar[str] = "minmax"
+    """What "method" means."""
+
+    def __init__(
+        self,
+        bits: int,
+        unsigned: bool,
+        features: int,
+        *,
+        rectified: bool = False,
+        power_of_two: bool = False,
+        calibration: str = "method",
+    ) -> None:
         super().__init__()
         self.bits = bits
         self.unsigned = unsigned
         self.features = features
-        lowest, highest = numerics.code_range(bits)
-        self.low, self.high = (0, highest - lowest) if unsigned else (lowest, highest)
-        self.zero = lowest if unsigned else 0
-        """Stored code of real zero."""
+        self.rectified = rectified or unsigned
+        self.power_of_two = power_of_two
+        self.calibration = self.own_calibration if calibration == "method" else calibration
         self.observing = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self.calibrator: Calibrator = CALIBRATIONS[self.calibration]()
+
+    @property
+    def storage_bits(self) -> int:
+        """4 or 8."""
+        return storage_bits(self.bits)
+
+    @property
+    def low(self) -> int:
+        """Lowest code, relative to that of real zero."""
+        return 0 if self.rectified else numerics.code_range(self.bits)[0]
+
+    @property
+    def high(self) -> int:
+        """Highest code, relative to that of real zero."""
+        return (1 << self.bits) - 1 if self.unsigned else numerics.code_range(self.bits)[1]
+
+    @property
+    def zero(self) -> int:
+        """Stored code of real zero."""
+        return numerics.code_range(self.storage_bits)[0] if self.unsigned else 0
+
+    @property
+    def affine(self) -> bool:
+        """Whether the grid has a zero point of its own."""
+        return False
 
     @abc.abstractmethod
     def scale(self) -> Tensor:
         """The step: positive, shape ``()``; nan before calibration."""
 
-    @abc.abstractmethod
     def observe(self, x: Tensor) -> None:
         """Take in one batch of calibration data."""
+        self.calibrator.observe(x)
+
+    def finish(self) -> None:
+        """Set the grid from what has been observed and forget it."""
+        low, high = self.calibrator.range(self.bits, self.low, self.high, self.affine)
+        self._reset()
+        with torch.no_grad():
+            self.set_range(low, high)
 
     @abc.abstractmethod
-    def finish(self) -> None:
-        """Set the step from what has been observed and forget it."""
+    def set_range(self, low: float, high: float) -> None:
+        """Set the grid so that it covers ``low <= 0 <= high``; both 0 for a tensor that is always zero."""
+
+    def step_for(self, low: float, high: float) -> float:
+        """The step of a grid without zero point that covers ``low..high``; 1 where both are 0."""
+        step = max(high / self.high, low / self.low if self.low else 0.0)
+        return step if step > 0 else 1.0
 
     @abc.abstractmethod
     def fake_quantize(self, x: Tensor) -> Tensor:
@@ -93,7 +230,7 @@ class ActQuantizer(nn.Module, abc.ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observing:
-            x = x.relu() if self.unsigned else x
+            x = x.relu() if self.rectified else x
             self.observe(x.detach())
             return x
         return self.fake_quantize(x)
@@ -107,14 +244,18 @@ class ActQuantizer(nn.Module, abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """The two quantizers of a training method, as classes or factories with the signatures of the base classes."""
+    """A training method: its two quantizers, as classes or factories with the signatures of the base classes.
+
+    Both are also given ``options``, an instance of the class of that name, unless that is None.
+    """
 
     weights: Any
     activations: Any
+    options: type[MethodOptions] | None = None
 
 
 METHODS: Final[dict[str, Method]] = {}
-"""Training methods by name; :mod:`nibblecore.qat.lsq` registers ``lsq``."""
+"""Training methods by name."""
 
 
 def method(name: str) -> Method:

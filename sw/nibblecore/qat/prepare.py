@@ -1,6 +1,7 @@
 """From an ordinary model to one that trains against its integers."""
 
 import dataclasses
+import fnmatch
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from ..frontend.from_torch import (
 )
 from .config import QConfig
 from .layers import Grid, QuantLayer, build
-from .methods import ActQuantizer, InputQuantizer, method
+from .methods import ActQuantizer, InputQuantizer, Method, WeightQuantizer, method
 
 RAW: Final = 32
 
@@ -127,7 +128,7 @@ def prepare(
     """
     if not isinstance(qconfig, QConfig):
         raise TypeError(f"qconfig must be a QConfig, not {type(qconfig).__name__}")
-    chosen = method(qconfig.method)
+    method(qconfig.method)
     low, high = (float(v) for v in input_range)
     if not (math.isfinite(low) and math.isfinite(high) and low <= 0 <= high and low < high):
         raise ValueError(f"input_range must be finite and contain 0 and more, not ({low:g}, {high:g})")
@@ -138,24 +139,60 @@ def prepare(
     graph = dataclasses.replace(graph, ops=tuple(map(widths.fused_first, graph.ops)))
     source = InputQuantizer(low, high, widths.input_bits)
     modules: dict[str, nn.Module] = {graph.input: source}
-    unsigned = {graph.input: source.unsigned}
+    positive = {graph.input: source.unsigned}
     for op in graph.ops:
-        unsigned[op.path] = op.relu or (not isinstance(op, FloatConv) and all(unsigned[name] for name in op.inputs))
+        positive[op.path] = op.relu or (not isinstance(op, FloatConv) and all(positive[name] for name in op.inputs))
         weights = output = None
         if isinstance(op, FloatConv):
-            weights = chosen.weights(op.weight, widths.weight_bits(op))
+            weights = _weights(op, widths.weight_bits(op), qconfig)
         if not isinstance(op, (FloatMaxPool, FloatFlatten)) and (bits := widths.act_bits(op)) != RAW:
-            output = chosen.activations(bits, unsigned[op.path], math.prod(op.shape))
+            output = _activations(op, bits, positive[op.path], qconfig)
+            positive[op.path] = output.rectified
         modules[op.path] = build(op, weights, output)
     return QuantModel(graph, qconfig, modules)
+
+
+def _method(path: str, qconfig: QConfig) -> tuple[Method, dict[str, Any]]:
+    """The method of a layer, and what its quantizers are given whatever they quantize."""
+    name = qconfig.setting(path, "method")
+    chosen = method(name)
+    arguments: dict[str, Any] = {"power_of_two": qconfig.setting(path, "scale_kind") == "power_of_two"}
+    if chosen.options is not None:
+        arguments["options"] = qconfig.options_of(name)
+    return chosen, arguments
+
+
+def _weights(op: FloatConv, bits: int, qconfig: QConfig) -> WeightQuantizer:
+    chosen, arguments = _method(op.path, qconfig)
+    result: WeightQuantizer = chosen.weights(
+        op.weight,
+        bits,
+        per_channel=qconfig.setting(op.path, "granularity") == "channel",
+        full_range=qconfig.setting(op.path, "weight_range") == "full",
+        **arguments,
+    )
+    return result
+
+
+def _activations(op: FloatOp, bits: int, positive: bool, qconfig: QConfig) -> ActQuantizer:
+    """``positive``: the tensor has no negative values, or a ReLU that the quantizer stands for."""
+    chosen, arguments = _method(op.path, qconfig)
+    signed = qconfig.setting(op.path, "signed")
+    result: ActQuantizer = chosen.activations(
+        bits,
+        positive if signed is None else not signed,
+        math.prod(op.shape),
+        rectified=positive,
+        calibration=qconfig.setting(op.path, "calibration"),
+        **arguments,
+    )
+    return result
 
 
 def _check_overrides(graph: FloatGraph, qconfig: QConfig) -> None:
     paths = [graph.input, *(op.path for op in graph.ops if not isinstance(op, (FloatMaxPool, FloatFlatten)))]
     for override in qconfig.overrides:
-        single = QConfig(overrides=(override,))
-        fields = ("weight_bits", "act_bits")
-        if not any(single.override(path, field) for path in paths for field in fields):
+        if not any(fnmatch.fnmatchcase(path, override.pattern) for path in paths):
             raise ValueError(f"override {override.pattern!r} matches no layer; the layers are {', '.join(paths)}")
 
 
@@ -169,7 +206,10 @@ class _Widths:
         self.last = {op.path for op in graph.ops if isinstance(op, FloatConv) and not self._leads_to_a_layer(op.path)}
         # The operand of each sum that the sum is fused behind, and that is therefore never stored.
         self.unstored = {path for op in graph.ops if isinstance(op, FloatAdd) and (path := self._fused_operand(op))}
-        self.input_bits = qconfig.override(graph.input, "act_bits") or qconfig.first_last_bits
+        # The host knows nibbles and bytes, so a grid of 2 or 3 bits would gain nothing.
+        self.input_bits: int = qconfig.override(graph.input, "act_bits") or max(4, qconfig.first_last_bits)
+        if self.input_bits < 4:
+            raise ValueError(f"act_bits of the network's input {graph.input} must be 4 or 8, not {self.input_bits}")
 
     def _leads_to_a_layer(self, path: str) -> bool:
         return any(isinstance(r, FloatConv) or self._leads_to_a_layer(r.path) for r in self.graph.readers(path))
@@ -194,13 +234,15 @@ class _Widths:
         return dataclasses.replace(op, inputs=tuple(sorted(op.inputs, key=lambda name: name not in self.unstored)))
 
     def weight_bits(self, op: FloatConv) -> int:
-        if (bits := self.qconfig.override(op.path, "weight_bits")) is not None:
+        bits: int | None = self.qconfig.override(op.path, "weight_bits")
+        if bits is not None:
             return bits
         return self.qconfig.first_last_bits if op.path in self.first | self.last else self.qconfig.weight_bits
 
     def act_bits(self, op: FloatOp) -> int:
-        """4, 8, or :data:`RAW`."""
-        if (bits := self.qconfig.override(op.path, "act_bits")) is not None:
+        """2, 3, 4, 8, or :data:`RAW`."""
+        bits: int | None = self.qconfig.override(op.path, "act_bits")
+        if bits is not None:
             return bits
         readers = list(walk_readers(self.graph, op.path))
         if isinstance(op, FloatConv) and not op.relu and set(readers) == {None} and self._leaves_as_it_is(op):
