@@ -365,8 +365,3 @@ def test_reset_after_stop() -> None:
 
     simulate(ResetInserter(reset)(dut), bench, background=[memory.reader(dut.bus)])
     assert writes == [(addr, word) for _, addr, word in expected(arch, load, memory.data, 0)]
-
-
-def test_arguments() -> None:
-    with pytest.raises(ValueError, match=r"^burst_beats=1 cannot hold a word of 2 beats$"):
-        LoadDma(arch=make_arch(16, 32, burst_beats=1))

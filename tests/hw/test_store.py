@@ -363,8 +363,3 @@ def test_reset_after_stop() -> None:
 
     simulate(ResetInserter(reset)(dut), bench, background=[memory.writer(dut.bus)])
     assert memory.data[: 40 * arch.word_bytes] == b"\x22" * (40 * arch.word_bytes)
-
-
-def test_arguments() -> None:
-    with pytest.raises(ValueError, match=r"^burst_beats=1 cannot hold a word of 2 beats$"):
-        StoreDma(arch=make_arch(16, 32, burst_beats=1))

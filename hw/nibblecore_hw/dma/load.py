@@ -73,11 +73,6 @@ class LoadDma(wiring.Component):
         most one error until reset; it belongs to the oldest instruction that is not done.
     stall_bus_stb : Out(1)
         For LOAD_BUS, one cycle late.
-
-    Raises
-    ------
-    ValueError
-        If a burst cannot hold a word.
     """
 
     AR_LATENCY = 5

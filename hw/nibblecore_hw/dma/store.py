@@ -82,11 +82,6 @@ class StoreDma(wiring.Component):
         SLVERR or DECERR. At most one error until reset; it belongs to the oldest instruction that is not done.
     stall_bus_stb : Out(1)
         For STORE_BUS, one cycle late.
-
-    Raises
-    ------
-    ValueError
-        If a burst cannot hold a word.
     """
 
     AW_LATENCY = 5

@@ -29,9 +29,7 @@ _COUNTS = ("count0", "count1", "count2")
 
 
 def burst_words(arch: ArchConfig) -> int:
-    """Words of the longest burst; raises :class:`ValueError` where not one word fits."""
-    if arch.burst_beats < arch.beats_per_word:
-        raise ValueError(f"burst_beats={arch.burst_beats} cannot hold a word of {arch.beats_per_word} beats")
+    """Words of the longest burst, at least 1."""
     return arch.burst_beats // arch.beats_per_word
 
 
@@ -84,11 +82,6 @@ class BurstWalk(wiring.Component):
         No instruction is in progress and no burst offered.
     region, burst_region : Out(region_layout())
         The regions of the instruction in progress and of the burst that is offered, for proofs.
-
-    Raises
-    ------
-    ValueError
-        If a burst cannot hold a word.
     """
 
     regions: Any
