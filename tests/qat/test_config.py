@@ -50,5 +50,7 @@ def test_override_errors() -> None:
 
 
 def test_unknown_method() -> None:
-    with pytest.raises(ValueError, match=r"^there is no training method 'pact'; there is lsq$"):
-        method("pact")
+    with pytest.raises(
+        ValueError, match=r"^there is no training method 'best'; there is dorefa, iao, lsq, lsq\+, pact, tqt$"
+    ):
+        method("best")

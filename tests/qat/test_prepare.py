@@ -341,8 +341,10 @@ def test_argument_errors() -> None:
     with pytest.raises(ValueError, match=r"^override 'conv\*' matches no layer; the layers are input, 0, 2$"):
         prepare(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU(), nn.Conv2d(1, 1, 1)),
                 QConfig(overrides=(Override(pattern="conv*", act_bits=8),)), EXAMPLE)  # fmt: skip
-    with pytest.raises(ValueError, match=r"^there is no training method 'pact'; there is lsq$"):
-        prepare(resnet(), QConfig(method="pact"), EXAMPLE)
+    with pytest.raises(
+        ValueError, match=r"^there is no training method 'best'; there is dorefa, iao, lsq, lsq\+, pact, tqt$"
+    ):
+        prepare(resnet(), QConfig(method="best"), EXAMPLE)
     with pytest.raises(
         CompileError, match=r"^0: A convolution has one group\. This one has groups=2\. Use groups=1\.$"
     ):

@@ -8,18 +8,25 @@
     graph = convert(model)                                    # nibblecore.ir.Graph
 """
 
-from . import lsq  # registers its method
+from . import dorefa, iao, lsq, lsq_plus, pact, tqt  # they register their methods
 from .checkpoint import checkpoint_facts, load_checkpoint, load_model, save_checkpoint
 from .config import Override, QConfig
 from .convert import convert
+from .dorefa import DorefaOptions
+from .iao import IaoOptions
 from .lsq import LsqOptions
+from .lsq_plus import LsqPlusOptions
 from .methods import METHODS, ActQuantizer, Method, MethodOptions, WeightQuantizer
+from .pact import clipping_penalty
 from .prepare import QuantModel, calibrate, parameter_groups, prepare
 
 __all__ = [
     "METHODS",
     "ActQuantizer",
+    "DorefaOptions",
+    "IaoOptions",
     "LsqOptions",
+    "LsqPlusOptions",
     "Method",
     "MethodOptions",
     "Override",
@@ -28,11 +35,17 @@ __all__ = [
     "WeightQuantizer",
     "calibrate",
     "checkpoint_facts",
+    "clipping_penalty",
     "convert",
+    "dorefa",
+    "iao",
     "load_checkpoint",
     "load_model",
     "lsq",
+    "lsq_plus",
+    "pact",
     "parameter_groups",
     "prepare",
     "save_checkpoint",
+    "tqt",
 ]

@@ -14,6 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+FloatArray = npt.NDArray[np.float64]
+
 
 class Calibrator(abc.ABC):
     """Observes one tensor, batch by batch."""
@@ -65,10 +67,166 @@ class MinMax(Calibrator):
         return self.low, self.high
 
 
+class MeanRange(Calibrator):
+    """The mean over batches of each batch's smallest and largest value."""
+
+    def __init__(self) -> None:
+        self.low = self.high = 0.0
+        self.batches = 0
+
+    def observe(self, x: Tensor) -> None:
+        low, high = x.aminmax()
+        self.low += float(low)
+        self.high += float(high)
+        self.batches += 1
+
+    def range(self, bits: int, low: int, high: int, affine: bool) -> tuple[float, float]:
+        return min(0.0, self.low / self.batches), max(0.0, self.high / self.batches)
+
+
+class Histogram(Calibrator):
+    """Counts of values in bins of equal width, ``BINS`` on either side of 0: bin ``k`` is ``k*w <= x < (k+1)*w``.
+
+    The first batch with a value other than 0 sets ``w`` to its largest magnitude over ``BINS``; where a later one needs
+    more, bins are merged by twos, which is exact.
+    """
+
+    BINS: Final = 1 << 15
+
+    def __init__(self) -> None:
+        self.width = 0.0
+        self.counts: npt.NDArray[np.int64] = np.zeros(2 * self.BINS, np.int64)
+
+    def observe(self, x: Tensor) -> None:
+        largest = float(x.abs().max())
+        if not self.width:
+            if not largest:
+                self.counts[self.BINS] += x.numel()
+                return
+            self.width = largest / self.BINS
+        while largest > self.width * self.BINS:
+            merged = self.counts.reshape(-1, 2).sum(1)
+            self.counts[:] = 0
+            self.counts[self.BINS // 2 : self.BINS // 2 + len(merged)] = merged
+            self.width *= 2
+        index = torch.floor(x.detach().reshape(-1).double() / self.width).long() + self.BINS
+        # The largest value itself belongs to the last bin.
+        index = index.clamp_(0, 2 * self.BINS - 1)
+        self.counts += torch.bincount(index, minlength=2 * self.BINS).cpu().numpy()
+
+    def magnitudes(self, bins: int) -> FloatArray:
+        """Counts of ``|x|`` in ``bins`` bins from 0 to ``BINS`` widths."""
+        folded = self.counts[self.BINS :] + self.counts[: self.BINS][::-1]
+        return folded.reshape(bins, -1).sum(1).astype(np.float64)
+
+
+class Percentile(Histogram):
+    """The quantiles ``1 - gamma`` and ``gamma`` of all observed values, to the width of a bin; gamma = 0.999 (FQN)."""
+
+    GAMMA: Final = 0.999
+
+    def range(self, bits: int, low: int, high: int, affine: bool) -> tuple[float, float]:
+        below = np.cumsum(self.counts)
+        total = below[-1]
+        # Edges behind which no more than a share of 1 - gamma lies.
+        upper = int(np.searchsorted(below, self.GAMMA * total)) + 1 - self.BINS
+        lower = int(np.searchsorted(below, (1 - self.GAMMA) * total, side="right")) - self.BINS
+        return min(0.0, lower * self.width), max(0.0, upper * self.width)
+
+
+class Entropy(Histogram):
+    """The clipping threshold of least Kullback-Leibler divergence (TensorRT, GTC 2017); symmetric, on magnitudes.
+
+    2048 bins; ``kl_divergence`` for every threshold from 128 bins on, or 16 with 4 bits and fewer; the last smallest.
+    """
+
+    MAGNITUDES: Final = 2048
+
+    def range(self, bits: int, low: int, high: int, affine: bool) -> tuple[float, float]:
+        counts = self.magnitudes(self.MAGNITUDES)
+        # Behind a ReLU, half of all values are 0; they say nothing about the threshold.
+        counts[0] = counts[1]
+        levels = 1 << (bits - 1 if low < 0 else bits)
+        if not counts.any():
+            return 0.0, 0.0
+        used = int(np.flatnonzero(counts)[-1]) + 1
+        start = min(used, max(levels, 128 if bits == 8 else 16))
+        divergences = [kl_divergence(counts, i, levels) for i in range(start, used + 1)]
+        best = start + len(divergences) - 1 - int(np.argmin(divergences[::-1]))
+        threshold = best * self.width * self.BINS / self.MAGNITUDES
+        return (-threshold if low < 0 else 0.0), threshold
+
+
+def kl_divergence(counts: FloatArray, size: int, levels: int) -> float:
+    """Divergence between a histogram clipped to its first ``size`` bins and the same in ``levels`` levels.
+
+    P: the bins, what is clipped added to the last. Q: the bins without it, split into ``levels`` groups as equal as
+    they can be, each group's sum spread evenly over its bins that are not empty. ``sum(P * log(P / Q))`` of the
+    normalized two, with 1e-30 for a Q that is 0 where P is not.
+    """
+    kept = counts[:size]
+    p = kept.copy()
+    p[-1] += counts[size:].sum()
+    edges = np.arange(levels + 1) * size // levels
+    group = np.repeat(np.arange(levels), np.diff(edges))
+    filled = np.bincount(group, kept > 0, levels)
+    q = np.where(kept > 0, (np.bincount(group, kept, levels) / np.maximum(filled, 1))[group], 0.0)
+    total_p, total_q = p.sum(), q.sum()
+    if not total_q:
+        return math.inf
+    present = p > 0
+    p, q = p[present] / total_p, np.maximum(q[present] / total_q, 1e-30)
+    return float((p * np.log(p / q)).sum())
+
+
+class SquaredError(Histogram):
+    """The observed range shrunk by 0, 1, .. 80 %, whichever has the least mean squared error; counted by bins."""
+
+    SHRINKS: Final = 81
+
+    def range(self, bits: int, low: int, high: int, affine: bool) -> tuple[float, float]:
+        (filled,) = np.nonzero(self.counts)
+        counts, values = self.counts[filled].astype(np.float64), (filled - self.BINS + 0.5) * self.width
+        if not self.width:
+            return 0.0, 0.0
+        least = min(0.0, float(filled[0] - self.BINS) * self.width)
+        most = max(0.0, float(filled[-1] + 1 - self.BINS) * self.width)
+        best = (math.inf, 0.0, 0.0)
+        for k in range(self.SHRINKS):
+            real_low, real_high = least * (1 - k / 100), most * (1 - k / 100)
+            if affine:
+                step, zero = affine_grid(real_low, real_high, bits)
+                grid_low, grid_high = -zero, (1 << bits) - 1 - zero
+            else:
+                step = max(real_high / high, real_low / low if low else 0.0)
+                grid_low, grid_high = low, high
+            if step <= 0:
+                break
+            quantized = np.clip(np.floor(values / step + 0.5), grid_low, grid_high) * step
+            best = min(best, (float((counts * (quantized - values) ** 2).sum()), real_low, real_high))
+        return best[1], best[2]
+
+
+def affine_grid(low: float, high: float, bits: int) -> tuple[float, int]:
+    """``(step, zero)`` of unsigned codes over ``low..high``, nudged so that real 0 has the code ``zero``.
+
+    ``step = (high - low) / (2**bits - 1)`` and ``zero = round(-low / step)``, half up, in 0..2**bits - 1, where the
+    range is widened to contain 0. A range of 0 gives ``(1.0, 0)``.
+    """
+    low, high = min(low, 0.0), max(high, 0.0)
+    top = (1 << bits) - 1
+    step = (high - low) / top
+    if step <= 0:
+        return 1.0, 0
+    return step, max(0, min(top, math.floor(-low / step + 0.5)))
+
+
 CALIBRATIONS: Final[dict[str, Callable[[], Calibrator]]] = {
     "mean_magnitude": MeanMagnitude,
     "minmax": MinMax,
+    "mean_range": MeanRange,
+    "percentile": Percentile,
+    "entropy": Entropy,
+    "mse": SquaredError,
 }
 """Calibrators by name."""
-
-FloatArray = npt.NDArray[np.float64]

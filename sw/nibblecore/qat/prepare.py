@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -278,7 +279,7 @@ def _observing(model: QuantModel) -> Iterator[list[ActQuantizer]]:
             quantizer.observing = False
 
 
-def calibrate(model: QuantModel, loader: Iterable[Any]) -> None:
+def calibrate(model: QuantModel, loader: Iterable[Any], batches: int | None = None) -> None:
     """Set the steps of all activations from data, with unquantized weights and activations.
 
     Parameters
@@ -286,7 +287,9 @@ def calibrate(model: QuantModel, loader: Iterable[Any]) -> None:
     model : QuantModel
         From :func:`prepare`. Steps that it already has are replaced.
     loader : iterable
-        Batches: tensors, or tuples and lists whose first item is the tensor. All of them are used.
+        Batches: tensors, or tuples and lists whose first item is the tensor.
+    batches : int, optional
+        How many of them to use; all by default. FQN takes 20, with ``calibration="percentile"``.
 
     Raises
     ------
@@ -295,14 +298,14 @@ def calibrate(model: QuantModel, loader: Iterable[Any]) -> None:
     """
     device = next(model.parameters()).device
     with _observing(model) as quantizers, torch.no_grad():
-        batches = 0
-        for batch in loader:
+        count = 0
+        for batch in itertools.islice(loader, batches):
             x = batch[0] if isinstance(batch, (tuple, list)) else batch
             for name, grid in model._execute(x.to(device)).items():
                 if not bool(torch.isfinite(grid.x).all()):
-                    raise TrainingError(f"Calibration batch {batches} makes values at {name} that are not finite.")
-            batches += 1
-        if not batches:
+                    raise TrainingError(f"Calibration batch {count} makes values at {name} that are not finite.")
+            count += 1
+        if not count:
             raise TrainingError("Calibration needs at least one batch; the loader gave none.")
         for quantizer in quantizers:
             quantizer.finish()
