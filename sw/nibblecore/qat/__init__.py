@@ -9,6 +9,7 @@
 """
 
 from . import dorefa, iao, lsq, lsq_plus, pact, tqt  # they register their methods
+from .averaging import Ema
 from .checkpoint import checkpoint_facts, load_checkpoint, load_model, save_checkpoint
 from .config import Override, QConfig
 from .convert import convert
@@ -19,24 +20,37 @@ from .lsq_plus import LsqPlusOptions
 from .methods import METHODS, ActQuantizer, Method, MethodOptions, WeightQuantizer
 from .pact import clipping_penalty
 from .prepare import QuantModel, calibrate, parameter_groups, prepare
+from .regularization import (
+    OscillationTracker,
+    bin_regularization,
+    bin_regularization_weight,
+    cosine_ramp,
+    dampening,
+)
 
 __all__ = [
     "METHODS",
     "ActQuantizer",
     "DorefaOptions",
+    "Ema",
     "IaoOptions",
     "LsqOptions",
     "LsqPlusOptions",
     "Method",
     "MethodOptions",
+    "OscillationTracker",
     "Override",
     "QConfig",
     "QuantModel",
     "WeightQuantizer",
+    "bin_regularization",
+    "bin_regularization_weight",
     "calibrate",
     "checkpoint_facts",
     "clipping_penalty",
     "convert",
+    "cosine_ramp",
+    "dampening",
     "dorefa",
     "iao",
     "load_checkpoint",

@@ -53,6 +53,8 @@ def _refuse_power_of_two(grid: dict[str, Any]) -> None:
 class DorefaWeights(WeightQuantizer):
     """Weights of 2, 3 or 4 bits; one step per layer."""
 
+    uniform = False
+
     def __init__(self, weight: Tensor, bits: int, *, options: DorefaOptions | None = None, **grid: Any) -> None:
         _refuse_power_of_two(grid)
         super().__init__(weight, bits, **{**grid, "per_channel": False})

@@ -70,6 +70,9 @@ class WeightQuantizer(nn.Module, abc.ABC):
         Whether steps are powers of two.
     """
 
+    uniform: ClassVar[bool] = True
+    """Whether codes are those of ``weight / step``."""
+
     def __init__(
         self,
         weight: Tensor,
