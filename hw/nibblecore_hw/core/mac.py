@@ -164,6 +164,7 @@ class MacEngine(wiring.Component):
         first_pass, last_pass = Signal(), Signal()
         tile_there = Signal()
         pause = Signal(range(self.HAZARD))
+        pausing = Signal()  # pause != 0, as a register: may_enter leads through the buffer's arbiter into block RAM
         may_enter = Signal()
         enters = Signal()
         m.d.comb += [
@@ -171,24 +172,24 @@ class MacEngine(wiring.Component):
             pass_ends.eq(step.last.ox & step.last.oy),
             first_pass.eq(step.first.brick & step.first.kx & step.first.ky),
             last_pass.eq(step.last.brick & step.last.kx & step.last.ky),
-            may_enter.eq(~pass_begins | (tile_there & (pause == 0))),
+            may_enter.eq(~pass_begins | (tile_there & ~pausing)),
             self.x.addr.eq(step.addr),
             self.x.valid.eq(nest.o.valid & step.inside & may_enter),
             nest.o.ready.eq(may_enter & (~step.inside | self.x.ready)),
             enters.eq(nest.o.valid & nest.o.ready),
             self.mac_active.eq(enters),
             self.mac_bank.eq(self.x.valid & ~self.x.ready),
-            self.mac_weights.eq(nest.o.valid & pass_begins & ~tile_there & (pause == 0)),
+            self.mac_weights.eq(nest.o.valid & pass_begins & ~tile_there & ~pausing),
         ]
         pixel = Signal(ceil_log2(arch.acc_depth))
-        with m.If(pause != 0):
-            m.d.sync += pause.eq(pause - 1)
+        with m.If(pausing):
+            m.d.sync += [pause.eq(pause - 1), pausing.eq(pause != 1)]
         with m.If(enters):
             m.d.sync += pixel.eq(pixel + 1)
             with m.If(pass_ends):
                 m.d.sync += pixel.eq(0)
                 with m.If(pixel < self.HAZARD - 1):
-                    m.d.sync += pause.eq(self.HAZARD - 1 - pixel)
+                    m.d.sync += [pause.eq(self.HAZARD - 1 - pixel), pausing.eq(1)]
 
         # Weight feeder: as soon as a tile is in use, it fetches the next, be it of the next instruction.
         fetches = Signal()  # words of a tile are being asked for
