@@ -46,8 +46,20 @@ class FloatOp:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class FloatBatchNorm:
+    """A batch norm that was not folded; all tensors have one value per channel."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor
+    var: Tensor
+    eps: float
+    momentum: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class FloatConv(FloatOp):
-    """Convolution, or linear layer where ``weight`` has two dimensions; frozen batch norm is folded in.
+    """Convolution, or linear layer where ``weight`` has two dimensions; frozen batch norm is folded in, or is ``norm``.
 
     ``padding`` is top, left, bottom, right; zeros.
     """
@@ -57,6 +69,7 @@ class FloatConv(FloatOp):
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)
     dilation: tuple[int, int] = (1, 1)
+    norm: FloatBatchNorm | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -136,7 +149,7 @@ def replace_leaves(structure: Any, values: dict[str, Any]) -> Any:
     return structure
 
 
-def capture(model: nn.Module, example_input: Tensor) -> FloatGraph:
+def capture(model: nn.Module, example_input: Tensor, *, fold: bool = True) -> FloatGraph:
     """Export ``model`` in evaluation mode and reduce it to integer-expressible operators.
 
     Parameters
@@ -145,6 +158,8 @@ def capture(model: nn.Module, example_input: Tensor) -> FloatGraph:
         Left as it is; its batch norms are folded with the statistics that they have now.
     example_input : Tensor
         ``(N, C, H, W)`` or ``(N, features)``; only its shape matters, and the batch stays dynamic.
+    fold : bool
+        Whether batch norms go into weights and biases, or stay, as :attr:`FloatConv.norm`.
 
     Raises
     ------
@@ -162,7 +177,7 @@ def capture(model: nn.Module, example_input: Tensor) -> FloatGraph:
             f"example_input must have shape (N, C, H, W) or (N, features), not {tuple(example_input.shape)}"
         )
     reader = _Reader(model, example_input)
-    fused = _fuse(reader.ops, leaves(reader.outputs), reader.violations)
+    fused = _fuse(reader.ops, leaves(reader.outputs), reader.violations, fold)
     if not reader.violations and not fused.ops:
         reader.violations.append("model: A model computes something. This one returns its input.")
     if reader.violations:
@@ -487,6 +502,7 @@ class _BatchNorm(FloatOp):
 
     factor: Tensor
     offset: Tensor
+    norm: FloatBatchNorm
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -688,7 +704,9 @@ class _Reader:
         factor = (var.double() + call.args["eps"]).rsqrt() * (1.0 if gamma is None else gamma.double())
         offset = (0.0 if beta is None else beta.double()) - mean.double() * factor
         path = call.parameters["running_mean"].removesuffix(".running_mean")
-        self._emit(_BatchNorm(self._unique(path), (self._source(call, "input"),), call.shape, factor, offset), node)
+        norm = FloatBatchNorm(gamma, beta, mean, var, float(call.args["eps"]), float(call.args["momentum"]))
+        inputs = (self._source(call, "input"),)
+        self._emit(_BatchNorm(self._unique(path), inputs, call.shape, factor, offset, norm), node)
 
     def _relu(self, node: fx.Node, call: Call) -> None:
         self._emit(_Relu(self._unique(call.path), (self._source(call, "self"),), call.shape), node)
@@ -787,7 +805,8 @@ def _is_plain(structure: Any) -> bool:
 class _Fused:
     """Operators in the making: lookup and replacement by name, and the names of fused operators."""
 
-    def __init__(self) -> None:
+    def __init__(self, fold: bool) -> None:
+        self.fold = fold
         self.ops: dict[str, FloatOp] = {}
         self.aliases: dict[str, str] = {}
         self.unrectified: set[str] = set()
@@ -799,9 +818,9 @@ class _Fused:
         return name
 
 
-def _fuse(ops: list[FloatOp], outputs: list[str], violations: list[str]) -> _Fused:
-    """Fold batch norms into convolutions and ReLUs into whatever comes before them."""
-    fused = _Fused()
+def _fuse(ops: list[FloatOp], outputs: list[str], violations: list[str], fold: bool) -> _Fused:
+    """Fold batch norms into convolutions, or attach them, and ReLUs into whatever comes before them."""
+    fused = _Fused(fold)
     for kind, rule, fuse in (
         (_BatchNorm, rule_batch_norm_follows_convolution, _fuse_batch_norm),
         (_Relu, rule_relu_follows_producer, _fuse_relu),
@@ -833,6 +852,11 @@ def _fuse_batch_norm(fused: _Fused, op: FloatOp, source: str, read: str, reads: 
         return f"This one follows {'the input' if conv is None else conv.path}."
     if reads[read] > 1:
         return f"The result of {conv.path} is read {reads[read]} times."
+    if not fused.fold:
+        if conv.norm is not None:
+            return f"{conv.path} has one already."
+        fused.ops[source] = dataclasses.replace(conv, norm=op.norm)
+        return None
     factor = op.factor.reshape(-1, *[1] * (conv.weight.ndim - 1))
     bias = op.offset if conv.bias is None else conv.bias.double() * op.factor + op.offset
     weight = (conv.weight.double() * factor).to(conv.weight.dtype)

@@ -19,7 +19,7 @@ from .lsq import LsqOptions
 from .lsq_plus import LsqPlusOptions
 from .methods import METHODS, ActQuantizer, Method, MethodOptions, WeightQuantizer
 from .pact import clipping_penalty
-from .prepare import QuantModel, calibrate, parameter_groups, prepare
+from .prepare import QuantModel, add_correction, calibrate, parameter_groups, prepare, reestimate_batch_norm
 from .regularization import (
     OscillationTracker,
     bin_regularization,
@@ -43,6 +43,7 @@ __all__ = [
     "QConfig",
     "QuantModel",
     "WeightQuantizer",
+    "add_correction",
     "bin_regularization",
     "bin_regularization_weight",
     "calibrate",
@@ -60,6 +61,7 @@ __all__ = [
     "pact",
     "parameter_groups",
     "prepare",
+    "reestimate_batch_norm",
     "save_checkpoint",
     "tqt",
 ]

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..files import write_atomically
 from .config import QConfig
+from .layers import Correction
 from .methods import InputQuantizer
-from .prepare import QuantModel, prepare
+from .prepare import QuantModel, add_correction, prepare
 
 FORMAT: Final = 1
 _KEY: Final = "nibblecore.checkpoint"
@@ -48,6 +49,7 @@ def save_checkpoint(model: QuantModel, path: str | Path, *, factory: str, **fact
         "qconfig": json.loads(model._qconfig.to_json()),
         "input_shape": list(model._input_shape),
         "input_range": [float(v) for v in source.range],
+        "correction": any(isinstance(m, Correction) for m in model.modules()),
         "sha256": _digest(tensors),
         "facts": facts,
     }
@@ -93,6 +95,8 @@ def load_checkpoint(path: str | Path, factory: str | Callable[[], nn.Module] | N
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} describes no model that this version can prepare: {error}") from error
     prepared = prepare(model, qconfig, example, (low, high))
+    if content.get("correction"):
+        add_correction(prepared)
     _load_state(prepared, tensors, path)
     return prepared.eval()
 

@@ -98,6 +98,9 @@ class QConfig:
     calibration : str
         Where activations' grids start: a name in :data:`nibblecore.qat.calibration.CALIBRATIONS`, or "method" for what
         the method's authors do.
+    batch_norm : {"folded", "unfolded"}
+        Whether batch norms go into the weights when the model is prepared, with the statistics that they have, or stay
+        and train; then they go into multipliers and biases of the integers.
     options : tuple of MethodOptions
         Options of methods, at most one item for each, as ``(LsqOptions(grad_scale=False),)``.
     overrides : tuple[Override, ...]
@@ -116,6 +119,7 @@ class QConfig:
     signed: bool | None = None
     scale_kind: Literal["free", "power_of_two"] = "free"
     calibration: str = "method"
+    batch_norm: Literal["folded", "unfolded"] = "folded"
     options: tuple[MethodOptions, ...] = ()
     overrides: tuple[Override, ...] = ()
 
@@ -127,6 +131,8 @@ class QConfig:
             raise ValueError(f"output_bits must be 8 or 32, not {self.output_bits!r}")
         _check_choices(self, "")
         _check_calibration(self.calibration, "")
+        if self.batch_norm not in ("folded", "unfolded"):
+            raise ValueError(f"batch_norm must be 'folded' or 'unfolded', not {self.batch_norm!r}")
         if not isinstance(self.options, tuple) or not all(isinstance(o, MethodOptions) for o in self.options):
             raise TypeError(f"options must be a tuple of MethodOptions, not {self.options!r}")
         if len({o.method for o in self.options}) < len(self.options):

@@ -117,15 +117,23 @@ class _Converter:
         weight = module.int_weight().cpu().numpy()
         weight = weight.reshape(*weight.shape[:2], *(weight.shape[2:] or (1, 1)))
         scale: npt.NDArray[np.float64] = module.scale().detach().double().cpu().numpy()
-        real_bias = module.int_bias(x.scale).cpu().numpy()
+        unit: npt.NDArray[np.float64] = module.unit(x.scale).cpu().numpy()
+        real = module.real_bias()
+        real_bias = np.zeros_like(unit) if real is None else real.detach().cpu().numpy()
         if module.output_quantizer is None:
-            y = ir.TensorType(self._shape(path), 32, tuple((x.scale * scale).tolist()), 0)
+            steps = np.where(unit == 0, x.scale * scale, np.abs(unit))
+            y = ir.TensorType(self._shape(path), 32, tuple(steps.tolist()), 0)
             low = high = 0
         else:
             y = self._output_type(path, module.output_quantizer)
             low, high = self._clamps(module.output_quantizer)
         self.tensors[path] = y
-        if not (np.isfinite(scale).all() and np.isfinite(real_bias).all() and bool(module.weight.isfinite().all())):
+        if not (
+            np.isfinite(scale).all()
+            and np.isfinite(real_bias).all()
+            and np.isfinite(unit).all()
+            and bool(module.weight.isfinite().all())
+        ):
             self.violations.append(
                 f"{path}: Weights, biases and steps are finite. This layer has others. "
                 "Train again with a smaller learning rate."
@@ -133,8 +141,8 @@ class _Converter:
             return
         records = np.zeros((3, len(scale)), np.int64)
         records[2] = numerics.SHIFT_MIN
-        for channel, total in enumerate(real_bias - x.zero * weight.sum(axis=(1, 2, 3))):
-            record = self._record(path, channel, weight[channel], int(total), x, y, x.scale * float(scale[channel]))
+        for channel in range(len(scale)):
+            record = self._record(path, channel, weight[channel], x, y, float(unit[channel]), float(real_bias[channel]))
             if record is None:
                 return
             records[:, channel] = record
@@ -150,15 +158,30 @@ class _Converter:
         path: str,
         channel: int,
         weight: npt.NDArray[np.int64],
-        total: int,
         x: ir.TensorType,
         y: ir.TensorType,
         unit: float,
+        bias: float,
     ) -> tuple[int, int, int] | None:
-        """``(bias, mult, shift)`` of one channel, whose weights it may set to zero; None behind a violation.
+        """``(bias, mult, shift)`` of one channel, whose weights it may change; None behind a violation.
 
-        ``total`` is the bias with the zero point of the input in it, ``unit`` the real value of one of its steps.
+        ``unit`` is the real value of a product of codes, ``bias`` the real bias.
         """
+        if y.bits == 32 and unit <= 0:
+            # Scales of sums are positive: the sign goes into the weights. A unit of 0 makes the channel a constant.
+            assert isinstance(y.scale, tuple)
+            weight *= -1 if unit < 0 else 0
+            unit = y.scale[channel]
+            if weight.max(initial=0) == 8 and weight.min(initial=0) >= -8:
+                self.violations.append(
+                    f"{path}: Weights whose sign changes are above -8. Channel {channel} has a negative factor and "
+                    'weights of -8. Train the layer with weight_range="narrow".'
+                )
+                return None
+        # A bias beyond any record stays so; a unit of 0 has none.
+        rounded = math.floor(max(-(2.0**62), min(2.0**62, bias / unit)) + 0.5) if unit else 0
+        # The zero point of the input is in the total.
+        total = rounded - x.zero * int(weight.sum())
         # One bit is left for the sum of products.
         fits = numerics.signed_fits(total, numerics.BIAS_BITS - 1)
         if y.bits == 32 and fits:
@@ -166,16 +189,17 @@ class _Converter:
         if y.bits != 32:
             assert isinstance(y.scale, float)
             ratio = unit / y.scale
-            if fits and weight.any():
+            if unit and fits and weight.any():
                 return total, *self._multiplier(f"{path}, channel {channel}", ratio)
             # A channel without weights is a constant. One whose bias does not fit nearly always is one too: either its
             # products reach less than 1/256 of a step, or less than it takes to come back from beyond a clamp.
-            real = (total + x.zero * int(weight.sum())) * ratio
-            reach = float(np.abs(weight).sum()) * (1 << x.bits) * ratio
+            real = rounded * ratio if unit else bias / y.scale
+            reach = float(np.abs(weight).sum()) * (1 << x.bits) * abs(ratio)
             if reach < max(2**-8, abs(real) - (1 << y.bits) - 1):
                 low, high = numerics.code_range(y.bits)
                 weight[:] = 0
-                return numerics.constant_record(max(low, min(high, math.floor(real + 0.5) + y.zero)), y.zero)
+                code = max(low, min(high, math.floor(real + 0.5) + y.zero))
+                return numerics.constant_record(code, y.zero)
         self.violations.append(
             f"{path}: A bias fits 31 bits in units of the products. That of channel {channel} is {total}. "
             "Give the channel larger weights or a smaller bias."

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..arch import numerics
-from ..frontend.from_torch import FloatAdd, FloatAvgPool, FloatConv, FloatFlatten, FloatMaxPool
+from ..frontend.from_torch import FloatAdd, FloatAvgPool, FloatBatchNorm, FloatConv, FloatFlatten, FloatMaxPool
 from .methods import ActQuantizer, WeightQuantizer
 
 
@@ -42,29 +42,44 @@ def _quantize(quantizer: ActQuantizer, x: Tensor) -> Grid:
     return Grid(result, None if quantizer.observing else quantizer.scale().detach())
 
 
+class Correction(nn.Module):
+    """Quantization correction (QC): ``gamma * h + beta`` per output channel of what a layer computes, before its norm.
+
+    Gupta and Asthana, WACV 2024. See :func:`nibblecore.qat.add_correction`.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels))
+        self.beta = nn.Parameter(torch.zeros(channels))
+
+    def extra_repr(self) -> str:
+        return str(len(self.gamma))
+
+
 class QuantLayer(nn.Module):
     """Base of convolution and linear layer: weights, bias, one quantizer for each of weights and output.
 
-    Batch norm was folded when the model was prepared: ``weight`` and ``bias`` are the folded ones and are what trains.
+    Batch norm was folded when the model was prepared, and ``weight`` and ``bias`` are the folded ones, or is ``norm``.
+    ``norm`` in training mode normalizes with each batch. Otherwise it is, together with ``correction``, an affine map
+    per channel, which the integers have in their requantization: multipliers then have the sign of the map.
 
     Parameters
     ----------
-    weight : Tensor
-        Output channels first.
-    bias : Tensor or None
+    op : FloatConv
     weights : WeightQuantizer
     output : ActQuantizer or None
         None: the layer gives ``acc + bias`` to the host.
     """
 
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, weights: WeightQuantizer, output: ActQuantizer | None
-    ) -> None:
+    def __init__(self, op: FloatConv, weights: WeightQuantizer, output: ActQuantizer | None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight.clone())
-        self.bias = None if bias is None else nn.Parameter(bias.clone())
+        self.weight = nn.Parameter(op.weight.clone())
+        self.bias = None if op.bias is None else nn.Parameter(op.bias.clone())
         self.weight_quantizer = weights
         self.output_quantizer = output
+        self.norm = None if op.norm is None else _batch_norm(op.norm, len(op.weight), op.weight.ndim == 4)
+        self.correction: Correction | None = None
 
     def scale(self) -> Tensor:
         """Step of the weights per output channel, shape ``(out,)``."""
@@ -74,34 +89,99 @@ class QuantLayer(nn.Module):
         """What the weight buffer gets, int64, of the shape of ``weight``: nibbles or the 225 codes of 8 bits."""
         return self.weight_quantizer.codes(self.weight)
 
-    def int_bias(self, input_step: Tensor | float) -> Tensor:
-        """Bias in units of ``input_step * scale()``, rounded half up: integers in float64, shape ``(out,)``.
+    def affine(self) -> tuple[Tensor, Tensor] | None:
+        """``(factor, offset)`` per channel, float64, of frozen norm and correction; None where there is neither."""
+        if self.norm is None and self.correction is None:
+            return None
+        factor = torch.ones(len(self.weight), dtype=torch.float64, device=self.weight.device)
+        offset = torch.zeros_like(factor)
+        if self.norm is not None:
+            mean, var = self.norm.running_mean, self.norm.running_var
+            assert mean is not None
+            assert var is not None
+            factor = (var.double() + self.norm.eps).rsqrt() * self.norm.weight.double()
+            offset = self.norm.bias.double() - mean.double() * factor
+        if self.correction is not None:
+            offset = factor * self.correction.beta.double() + offset
+            factor = factor * self.correction.gamma.double()
+        return factor, offset
 
-        The zero point of the input is not in it.
+    def unit(self, input_step: Tensor | float) -> Tensor:
+        """What a product of codes stands for behind norm and correction, signed: float64, shape ``(out,)``."""
+        unit = input_step * self.scale().detach().double()
+        affine = self.affine()
+        return unit if affine is None else unit * affine[0].detach()
+
+    def real_bias(self) -> Tensor | None:
+        """The bias behind norm and correction, float64, shape ``(out,)``; differentiable."""
+        bias = None if self.bias is None else self.bias.double()
+        affine = self.affine()
+        if affine is None:
+            return bias
+        return affine[1] if bias is None else affine[0] * bias + affine[1]
+
+    def int_bias(self, input_step: Tensor | float) -> Tensor:
+        """Bias in units of :meth:`unit`, rounded half up: integers in float64, shape ``(out,)``.
+
+        The zero point of the input is not in it. 0 where the unit is 0.
         """
-        scale = input_step * self.scale().detach().double()
-        if self.bias is None:
-            return torch.zeros_like(scale)
-        return torch.floor(self.bias.detach().double() / scale + 0.5)
+        unit = self.unit(input_step)
+        bias = self.real_bias()
+        if bias is None:
+            return torch.zeros_like(unit)
+        return torch.where(unit == 0, 0.0, torch.floor(bias.detach() / torch.where(unit == 0, 1.0, unit) + 0.5))
 
     def _parameters_for(self, input_step: Tensor | float | None) -> tuple[Tensor, Tensor | None]:
         """Weight and bias as the chip has them, multipliers included; the bias with a straight-through gradient."""
+        affine, bias = self.affine(), self.real_bias()
+        shape = (-1, *[1] * (self.weight.ndim - 1))
+        dtype = self.weight.dtype
         if input_step is None:
-            return self.weight, self.bias
-        unit = input_step * self.scale().detach().double()
+            weight = self.weight if affine is None else self.weight * affine[0].to(dtype).reshape(shape)
+            return weight, None if bias is None else bias.to(dtype)
+        unit = self.unit(input_step)
         factor = torch.ones_like(unit)
         if self.output_quantizer is not None:
-            ratio = unit / self.output_quantizer.scale().detach().double()
+            ratio = (unit / self.output_quantizer.scale().detach().double()).abs()
+            ratio = torch.where(ratio == 0, 1.0, ratio)
             factor = round_ratio(ratio) / ratio
-        weight = self.weight_quantizer(self.weight)
-        weight = weight * factor.to(weight.dtype).reshape(-1, *[1] * (weight.ndim - 1))
-        if self.bias is None:
+        channel = factor if affine is None else factor * affine[0]
+        weight = self.weight_quantizer(self.weight) * channel.to(dtype).reshape(shape)
+        if bias is None:
             return weight, None
-        rounded = (self.int_bias(input_step) * unit * factor).to(self.bias.dtype)
-        return weight, self.bias + (rounded - self.bias).detach()
+        # A channel whose unit is 0 is a constant.
+        rounded = torch.where(unit == 0, bias.detach(), self.int_bias(input_step) * unit * factor)
+        return weight, (bias + (rounded - bias).detach()).to(dtype)
 
-    def _finish(self, y: Tensor) -> Grid:
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Grid) -> Grid:
+        if self.norm is not None and self.norm.training:
+            # Statistics of the batch: the integers have others, so that multipliers are not rounded here.
+            weight = self.weight if x.step is None else self.weight_quantizer(self.weight)
+            y = self._product(x.x, weight, self.bias)
+            if self.correction is not None:
+                shape = (-1, *[1] * (self.weight.ndim - 2))
+                y = y * self.correction.gamma.reshape(shape) + self.correction.beta.reshape(shape)
+            y = self.norm(y)
+        else:
+            y = self._product(x.x, *self._parameters_for(x.step))
         return Grid(y, None) if self.output_quantizer is None else _quantize(self.output_quantizer, y)
+
+
+def _batch_norm(norm: FloatBatchNorm, channels: int, images: bool) -> nn.BatchNorm1d | nn.BatchNorm2d:
+    result = (nn.BatchNorm2d if images else nn.BatchNorm1d)(channels, norm.eps, norm.momentum)
+    with torch.no_grad():
+        for target, value in (
+            (result.weight, norm.weight),
+            (result.bias, norm.bias),
+            (result.running_mean, norm.mean),
+            (result.running_var, norm.var),
+        ):
+            if value is not None and target is not None:
+                target.copy_(value)
+    return result
 
 
 class QuantConv2d(QuantLayer):
@@ -111,16 +191,15 @@ class QuantConv2d(QuantLayer):
     """
 
     def __init__(self, op: FloatConv, weights: WeightQuantizer, output: ActQuantizer | None) -> None:
-        super().__init__(op.weight, op.bias, weights, output)
+        super().__init__(op, weights, output)
         self.stride, self.padding, self.dilation = op.stride, op.padding, op.dilation
 
-    def forward(self, x: Grid) -> Grid:
-        weight, bias = self._parameters_for(x.step)
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         top, left, bottom, right = self.padding
-        values, padding = x.x, (top, left)
+        padding = (top, left)
         if (top, left) != (bottom, right):
-            values, padding = F.pad(values, (left, right, top, bottom)), (0, 0)
-        return self._finish(F.conv2d(values, weight, bias, self.stride, padding, self.dilation))
+            x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
+        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation)
 
     def extra_repr(self) -> str:
         out, channels, *kernel = self.weight.shape
@@ -131,11 +210,8 @@ class QuantConv2d(QuantLayer):
 class QuantLinear(QuantLayer):
     """``nn.Linear`` with folded batch norm and ReLU, trained against its integers."""
 
-    def __init__(self, op: FloatConv, weights: WeightQuantizer, output: ActQuantizer | None) -> None:
-        super().__init__(op.weight, op.bias, weights, output)
-
-    def forward(self, x: Grid) -> Grid:
-        return self._finish(F.linear(x.x, *self._parameters_for(x.step)))
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
 
     def extra_repr(self) -> str:
         out, features = self.weight.shape

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from ..frontend.from_torch import (
     walk_readers,
 )
 from .config import QConfig
-from .layers import Grid, QuantLayer, build
+from .layers import Correction, Grid, QuantLayer, build
 from .methods import ActQuantizer, InputQuantizer, Method, WeightQuantizer, method
 
 RAW: Final = 32
@@ -34,10 +34,11 @@ RAW: Final = 32
 class QuantModel(nn.Module):
     """A prepared model: same call, same results up to quantization, submodules at the user's module paths.
 
-    Batch norms and ReLUs have gone into the layers before them. Sums, and functional pools, have modules of their own
-    at the path of the module whose ``forward`` calls them, as in ``stage1.0.add``. Parameters and ``state_dict`` are
-    complete from the start; steps of activations are nan until :func:`calibrate`, and a forward pass before raises
-    :class:`~nibblecore.errors.TrainingError`. Deep copies, pickles and moves between devices work as for any module.
+    Batch norms and ReLUs have gone into the layers before them, or are their ``norm``. Sums, and functional pools, have
+    modules of their own at the path of the module whose ``forward`` calls them, as in ``stage1.0.add``. Parameters and
+    ``state_dict`` are complete from the start; steps of activations are nan until :func:`calibrate`, and a forward pass
+    before raises :class:`~nibblecore.errors.TrainingError`. Deep copies, pickles and moves between devices work as for
+    any module.
     """
 
     def __init__(self, graph: FloatGraph, qconfig: QConfig, modules: dict[str, nn.Module]) -> None:
@@ -133,7 +134,7 @@ def prepare(
     low, high = (float(v) for v in input_range)
     if not (math.isfinite(low) and math.isfinite(high) and low <= 0 <= high and low < high):
         raise ValueError(f"input_range must be finite and contain 0 and more, not ({low:g}, {high:g})")
-    graph = capture(model, example_input)
+    graph = capture(model, example_input, fold=qconfig.batch_norm == "folded")
     _check_overrides(graph, qconfig)
 
     widths = _Widths(graph, qconfig)
@@ -315,16 +316,19 @@ def calibrate(model: QuantModel, loader: Iterable[Any], batches: int | None = No
 def parameter_groups(model: nn.Module, *, lr: float, step_lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer: weights with decay, biases without, steps with a learning rate of their own.
 
+    Batch norms and corrections are among the biases.
+
     Decay would shrink steps towards zero for no reason, so they never get any.
     """
     groups: dict[str, list[nn.Parameter]] = {"weights": [], "biases": [], "steps": []}
-    layers = {
-        id(p): kind
-        for m in model.modules()
-        if isinstance(m, QuantLayer)
-        for kind, p in (("weights", m.weight), ("biases", m.bias))
-        if p is not None
-    }
+    layers = {}
+    for module in model.modules():
+        if isinstance(module, QuantLayer):
+            layers[id(module.weight)] = "weights"
+            others = [part for part in (module.norm, module.correction) if part is not None]
+            layers.update({id(p): "biases" for part in others for p in part.parameters()})
+            if module.bias is not None:
+                layers[id(module.bias)] = "biases"
     for parameter in model.parameters():
         groups[layers.get(id(parameter), "steps")].append(parameter)
     return [
@@ -334,4 +338,78 @@ def parameter_groups(model: nn.Module, *, lr: float, step_lr: float, weight_deca
     ]
 
 
-__all__ = ["QuantModel", "calibrate", "parameter_groups", "prepare"]
+def add_correction(model: QuantModel) -> list[nn.Parameter]:
+    """Give every layer an affine map per output channel, the only thing that then trains (QC).
+
+    Gupta and Asthana (WACV 2024) train it for one epoch with Adam and a learning rate of 1e-4, from the averaged model
+    (:class:`nibblecore.qat.Ema`). Keep the model in evaluation mode, so that statistics stay: gradients do not care.
+    Factors and offsets start at 1 and 0, and go into multipliers and biases of the integers, at no cost.
+
+    Returns
+    -------
+    list of Parameter
+        For the optimizer.
+    """
+    model.requires_grad_(False)
+    parameters: list[nn.Parameter] = []
+    for module in model.modules():
+        if isinstance(module, QuantLayer):
+            if module.correction is None:
+                module.correction = Correction(len(module.weight)).to(module.weight)
+            module.correction.requires_grad_(True)
+            parameters += module.correction.parameters()
+    return parameters
+
+
+def reestimate_batch_norm(model: QuantModel, loader: Iterable[Any], batches: int = 50) -> None:
+    """Replace the statistics of batch norms by the mean over batches of theirs, as weights have moved since.
+
+    Parameters
+    ----------
+    model : QuantModel
+        Calibrated, prepared with ``batch_norm="unfolded"``.
+    loader : iterable
+        As for :func:`calibrate`.
+    batches : int
+        How many to use.
+
+    Raises
+    ------
+    TrainingError
+        No batch.
+    ValueError
+        A model without batch norms.
+    """
+    norms = [m.norm for m in model.modules() if isinstance(m, QuantLayer) and m.norm is not None]
+    statistics = [(cast(Tensor, n.running_mean), cast(Tensor, n.running_var)) for n in norms]
+    if not norms:
+        raise ValueError("the model has no batch norms; prepare it with batch_norm='unfolded'")
+    device = next(model.parameters()).device
+    modes, momenta = {m: m.training for m in model.modules()}, [norm.momentum for norm in norms]
+    sums = [(torch.zeros_like(mean), torch.zeros_like(var)) for mean, var in statistics]
+    model.eval()
+    count = 0
+    try:
+        for norm in norms:
+            norm.train()
+            norm.momentum = 1.0  # a batch's own statistics
+        with torch.no_grad():
+            for batch in itertools.islice(loader, batches):
+                model((batch[0] if isinstance(batch, (tuple, list)) else batch).to(device))
+                count += 1
+                for now, total in zip(statistics, sums, strict=True):
+                    for value, so_far in zip(now, total, strict=True):
+                        so_far += value
+            if not count:
+                raise TrainingError("Batch norms are re-estimated from at least one batch; the loader gave none.")
+            for now, total in zip(statistics, sums, strict=True):
+                for value, so_far in zip(now, total, strict=True):
+                    value.copy_(so_far / count)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode
+
+
+__all__ = ["QuantModel", "add_correction", "calibrate", "parameter_groups", "prepare", "reestimate_batch_norm"]
