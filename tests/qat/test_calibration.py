@@ -20,6 +20,9 @@ from nibblecore.qat.calibration import (
     affine_grid,
     kl_divergence,
 )
+from nibblecore.qat.iao import IaoActivations
+from nibblecore.qat.lsq import LsqActivations
+from nibblecore.qat.lsq_plus import LsqPlusActivations
 
 
 def test_union_and_mean_of_ranges() -> None:
@@ -139,6 +142,25 @@ def test_every_calibration_in_a_network(name: str, method: str) -> None:
     model.eval()
     assert bool(model(x).isfinite().all())
     convert(model)
+
+
+@pytest.mark.parametrize("name", sorted(CALIBRATIONS))
+@pytest.mark.parametrize("make", [LsqPlusActivations, IaoActivations, LsqActivations])
+def test_negative_values_have_codes(name: str, make: Any) -> None:
+    """Calibrating a second time finds the same grid, although the zero point has moved meanwhile."""
+    torch.manual_seed(0)
+    x = torch.randn(4000)
+    quantizer = make(4, False, 1, calibration=name)
+    grids = []
+    for _ in range(2):
+        quantizer.observe(x)
+        quantizer.finish()
+        grids.append((quantizer.low, quantizer.high, quantizer.zero, float(quantizer.scale().detach())))
+    assert grids[0] == grids[1]
+    assert -10 <= quantizer.low <= -5
+    assert float((quantizer.eval()(x) - x).square().mean().detach()) < 0.06
+    with pytest.raises(RuntimeError, match=r"^finish\(\) comes after observe\(\)$"):
+        quantizer.finish()
 
 
 @pytest.mark.parametrize("name", sorted(CALIBRATIONS))

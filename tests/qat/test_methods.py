@@ -116,6 +116,8 @@ def test_options_survive_json() -> None:
          r"^scale_kind of override 'a' must be 'free' or 'power_of_two', not 'x'$"),
         (lambda: QConfig.from_json('{"overrides": [], "options": [{"method": "x"}]}'),
          r"^there is no training method 'x' with options$"),
+        (lambda: prepare(resnet8_digits(), QConfig(method="lsq+", options=(LsqOptions(),)), EXAMPLE),
+         r"^options hold LsqOptions, but no layer trains with that method$"),
         (lambda: prepare(resnet8_digits(), QConfig(method="dorefa", scale_kind="power_of_two"), EXAMPLE),
          r"^DoReFa has steps of its own below 8 bits; scale_kind must be 'free', not 'power_of_two'$"),
     ],
@@ -206,8 +208,6 @@ def test_tqt_steps_and_their_gradients() -> None:
 @pytest.mark.parametrize(("bits", "unsigned"), [(2, True), (4, True), (4, False), (8, False)])
 def test_tqt_gradients_of_activations(bits: int, unsigned: bool) -> None:
     quantizer = TqtActivations(bits, unsigned, 1)
-    quantizer.observe(torch.tensor([0.0, 3.0]))
-    quantizer.calibrator = type(quantizer.calibrator)()
     with torch.no_grad():
         quantizer.set_range(0.0, 3.0)
     step = 4.0 / 2 ** (bits if unsigned else bits - 1)

@@ -91,19 +91,21 @@ class DorefaWeights(WeightQuantizer):
 class DorefaActivations(ActQuantizer):
     """Activations in 0..1, signed ones in -1..1, less a step above; nothing is learned and nothing calibrated."""
 
+    step: Tensor
+
     def __init__(self, bits: int, unsigned: bool, features: int, **grid: Any) -> None:
         _refuse_power_of_two(grid)
         super().__init__(bits, unsigned, features, **grid)
+        self.register_buffer("step", torch.tensor(1.0 / max(self.high, -self.low)), persistent=False)
 
     def scale(self) -> Tensor:
-        return torch.tensor(1.0 / (self.high if self.unsigned else -self.low or self.high))
+        return self.step
 
     def set_range(self, low: float, high: float) -> None:
         """The range is fixed."""
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        scale = self.scale().to(x)
-        result: Tensor = Lsq.apply(x, scale, self.low, self.high, 1.0, "half_up")
+        result: Tensor = Lsq.apply(x, self.step, self.low, self.high, 1.0, "half_up")
         return result
 
 

@@ -173,10 +173,7 @@ class ActQuantizer(nn.Module, abc.ABC):
         self.power_of_two = power_of_two
         self.calibration = self.own_calibration if calibration == "method" else calibration
         self.observing = False
-        self._reset()
-
-    def _reset(self) -> None:
-        self.calibrator: Calibrator = CALIBRATIONS[self.calibration]()
+        self.calibrator: Calibrator | None = None
 
     @property
     def storage_bits(self) -> int:
@@ -209,12 +206,18 @@ class ActQuantizer(nn.Module, abc.ABC):
 
     def observe(self, x: Tensor) -> None:
         """Take in one batch of calibration data."""
+        if self.calibrator is None:
+            self.calibrator = CALIBRATIONS[self.calibration]()
         self.calibrator.observe(x)
 
     def finish(self) -> None:
         """Set the grid from what has been observed and forget it."""
-        low, high = self.calibrator.range(self.bits, self.low, self.high, self.affine)
-        self._reset()
+        if self.calibrator is None:
+            raise RuntimeError("finish() comes after observe()")
+        # The zero point of an affine grid is still to be found: it may be anywhere.
+        codes = numerics.code_range(self.bits) if self.affine else (self.low, self.high)
+        low, high = self.calibrator.range(self.bits, *codes, self.affine)
+        self.calibrator = None
         with torch.no_grad():
             self.set_range(low, high)
 

@@ -131,6 +131,9 @@ def prepare(
     if not isinstance(qconfig, QConfig):
         raise TypeError(f"qconfig must be a QConfig, not {type(qconfig).__name__}")
     method(qconfig.method)
+    used = {qconfig.method, *(o.method for o in qconfig.overrides)}
+    if unused := [type(o).__name__ for o in qconfig.options if o.method not in used]:
+        raise ValueError(f"options hold {unused[0]}, but no layer trains with that method")
     low, high = (float(v) for v in input_range)
     if not (math.isfinite(low) and math.isfinite(high) and low <= 0 <= high and low < high):
         raise ValueError(f"input_range must be finite and contain 0 and more, not ({low:g}, {high:g})")
