@@ -105,7 +105,7 @@ format: $(STAMP)
 lock: machine
 	rm -rf .venv-lock
 	$(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[hw,sim,train,dev]'
+	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@{ echo "# Made by \`make lock\` from pyproject.toml: every package that the project and its tests need."; \
 	   .venv-lock/bin/python -m pip freeze --all --exclude-editable --exclude pip --exclude wheel \
 		| sed -e 's/+cpu$$//' -e '/^nvidia-/d' -e '/^cuda-/d' -e '/^triton==/d'; } > requirements.lock.new
