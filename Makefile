@@ -15,7 +15,7 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.14 py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup machine demo test test-all fuzz bench-synth lint types format pages lock clean
+.PHONY: help setup machine demo test test-all fuzz bench-synth bench-qat lint types format pages lock clean
 
 help:
 	@echo "make demo         train, compile and run a small network on the simulated core"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-all     the same with the slow tests and the synthesis budgets"
 	@echo "make fuzz         random networks, golden model against RTL"
 	@echo "make bench-synth  synthesize, place and route a core; area and clock (ARGS=\"--arch large\")"
+	@echo "make bench-qat    time a step of training against float and against Brevitas (ARGS=\"--network resnet8\")"
 	@echo "make lint         ruff (rules and format)"
 	@echo "make types        mypy"
 	@echo "make pages        write hw/ISA.md, hw/CSR.md and sw/SUPPORTED.md anew"
@@ -62,7 +63,7 @@ $(STAMP): requirements.lock pyproject.toml | machine
 	@touch $@
 
 # As in an activated environment: the tools of the Python packages are on the PATH.
-demo fuzz bench-synth test test-all: export PATH := $(abspath $(BIN)):$(PATH)
+demo fuzz bench-synth bench-qat test test-all: export PATH := $(abspath $(BIN)):$(PATH)
 
 # --- what the project does ------------------------------------------------------------------------------------------
 
@@ -74,6 +75,11 @@ fuzz: $(STAMP)
 
 bench-synth: $(STAMP)
 	$(BIN)/nibblecore synth $(ARGS)
+
+bench-qat: $(STAMP)
+	@$(BIN)/python -c 'import brevitas' 2>/dev/null \
+		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[bench]'
+	$(BIN)/python tests/bench/qat_speed.py $(ARGS)
 
 # --- checks ---------------------------------------------------------------------------------------------------------
 
