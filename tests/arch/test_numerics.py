@@ -108,3 +108,23 @@ def test_add_factors() -> None:
 def test_wrap(value: int, bits: int, want: int) -> None:
     assert numerics.wrap(value, bits) == want
     assert numerics.wrap(np.array([value]), bits)[0] == want
+
+
+def test_mul_factor() -> None:
+    k, n = numerics.mul_factor(0.1, 0.004, 0.15)
+    assert 2**14 <= k < 2**15
+    assert abs(k / 2**n - 0.1 * 0.004 / 0.15) <= 2.0 ** -(n + 1)
+    assert numerics.mul_factor(1.0, 2.0**-40, 1.0) == (0, 31)
+    assert numerics.mul_factor(16383.0, 1.0, 1.0) == (32766, 1)
+    with pytest.raises(ValueError, match="^the product of scales 4 and 5000 is too large beside the result's 1$"):
+        numerics.mul_factor(4.0, 5000.0, 1.0)
+
+
+def test_channel_mul_is_the_rounded_product() -> None:
+    fields = {"zero_a": -3, "zero_b": -128, "k": 18000, "n": 21, "zero": 5, "low": -128, "high": 127}
+    a, b = np.meshgrid(np.arange(-128, 128), np.arange(-128, 128))
+    want = np.clip(5 + np.floor((a + 3) * (b + 128) * 18000 / 2**21 + 0.5), -128, 127)
+    assert np.array_equal(numerics.channel_mul(a, b, **fields), want)
+    assert numerics.channel_mul(100, 90, **fields) == want[90 + 128, 100 + 128]
+    # The largest product of codes and factor is one of 33 bits.
+    assert numerics.signed_fits(255 * 255 * 2**15 + 2**30, 33)

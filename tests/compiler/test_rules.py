@@ -190,6 +190,40 @@ def test_an_input_is_no_output() -> None:
     assert violations(graph) == ["output input: Outputs of the network are computed by it. (It is an input as well.)"]
 
 
+def test_what_the_core_has_no_unit_for() -> None:
+    b = builder((4, 6, 6), bits=8)
+    x = b.conv(b.input, 8, groups=4, bits=8)
+    y = b.conv(b.input, 8, groups=2, bits=8)
+    z = b.multiply(b.lookup(x, bits=8), y, bits=8)
+    graph = b.finish(b.upsample(b.concat(z, b.on_grid_of(y, z)), (2, 3)))
+    assert violations(graph) == [
+        (
+            "net.conv0: Convolutions have one group; there is no unit for depthwise and grouped ones yet. (This one "
+            "has 4 groups of 1 input channel. Use groups=1, or execute the graph with nibblecore.ir.run.)"
+        ),
+        (
+            "net.conv1: Convolutions have one group; there is no unit for depthwise and grouped ones yet. (This one "
+            "has 2 groups of 2 input channels. Use groups=1, or execute the graph with nibblecore.ir.run.)"
+        ),
+        (
+            "net.lookup2: There is no unit for lookup tables yet: activations are ReLU and clamps. (This one is silu. "
+            "Use ReLU or ReLU6, or execute the graph with nibblecore.ir.run.)"
+        ),
+        (
+            "net.mul3: There is no unit for products of two tensors yet, as in squeeze-excite. (This one multiplies "
+            "(8, 6, 6) by (8, 6, 6). Use a block without it, or execute the graph with nibblecore.ir.run.)"
+        ),
+        (
+            "net.concat5: Concatenations are not assigned to addresses yet. (This one joins 8 + 8 channels. Use a sum, "
+            "or execute the graph with nibblecore.ir.run.)"
+        ),
+        (
+            "net.up6: Upsampling is not part of instructions yet. (This one is by 2x3. Use a network without it, or "
+            "execute the graph with nibblecore.ir.run.)"
+        ),
+    ]
+
+
 def test_all_violations_come_at_once() -> None:
     b = builder((4, 60, 60))
     x = b.conv(b.input, 4, stride=(17, 1))

@@ -1,5 +1,8 @@
 """The integer-graph interpreter against an independent computation in torch float64, and its argument errors."""
 
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,7 +11,23 @@ import torch
 from torch.nn import functional as F
 
 from nibblecore.arch import numerics
-from nibblecore.ir import AvgPool, Conv, Flatten, Graph, MaxPool, ResidualAdd, TensorType, run, verify
+from nibblecore.arch.config import get_arch
+from nibblecore.ir import (
+    AvgPool,
+    ChannelMul,
+    Concat,
+    Conv,
+    Flatten,
+    Graph,
+    Lookup,
+    MaxPool,
+    ResidualAdd,
+    TensorType,
+    Upsample,
+    run,
+    verify,
+)
+from nibblecore.ir.random_graph import random_inputs, random_network
 
 
 def conv(rng: np.random.Generator, source: TensorType, output: TensorType, shape: tuple[int, int, int, int],
@@ -27,6 +46,7 @@ def conv(rng: np.random.Generator, source: TensorType, output: TensorType, shape
         mult=np.array([m for m, _ in records]), shift=np.array([s for _, s in records]),
         stride=geometry.get("stride", (1, 1)), padding=geometry.get("padding", (0, 0, 0, 0)),
         dilation=geometry.get("dilation", (1, 1)), low=geometry.get("low", low), high=high,
+        groups=geometry.get("groups", 1),
     )  # fmt: skip
 
 
@@ -149,6 +169,92 @@ def test_residual_add_equals_float64() -> None:
     a, b = codes(rng, a_type, 50), codes(rng, b_type, 50)
     expected = np.clip(np.floor(((a - 5.0) * k_a + (b + 8.0) * k_b) / 2**n + 0.5) - 8, -8, 7)
     assert np.array_equal(run(graph, {"a": a, "b": b})["y"], expected)
+
+
+@pytest.mark.parametrize(
+    ("groups", "inputs", "out"), [(2, 4, 6), (3, 3, 3), (4, 4, 8), (6, 6, 2 * 6), (2, 8, 2), (1, 5, 3)]
+)
+def test_grouped_conv_equals_a_convolution_of_each_part(groups: int, inputs: int, out: int) -> None:
+    rng = np.random.default_rng(groups * 100 + inputs)
+    x_type, y_type = TensorType((inputs, 6, 5), 8, 0.1, 3), TensorType((out, 3, 5), 8, 0.1, -7)
+    node = conv(rng, x_type, y_type, (out, inputs // groups, 3, 3), groups=groups, stride=(2, 1), padding=(1, 1, 1, 1))
+    x = codes(rng, x_type, 2)
+    whole = run(one_node(node, x_type, y_type), {"x": x})["y"]
+    n, m = inputs // groups, out // groups
+    for g in range(groups):
+        some = slice(g * m, (g + 1) * m)
+        part = dataclasses.replace(
+            node, weight=node.weight[some], weight_scale=node.weight_scale[some], bias=node.bias[some],
+            mult=node.mult[some], shift=node.shift[some], groups=1,
+        )  # fmt: skip
+        types = TensorType((n, 6, 5), 8, 0.1, 3), TensorType((m, 3, 5), 8, 0.1, -7)
+        assert np.array_equal(run(one_node(part, *types), {"x": x[:, g * n : (g + 1) * n]})["y"], whole[:, some])
+
+
+def test_lookup_reads_entry_0_for_the_lowest_code() -> None:
+    x_type, y_type = TensorType((2, 8, 16), 8, 0.1, 5), TensorType((2, 8, 16), 4, 0.1, -8)
+    table = np.random.default_rng(0).integers(-8, 8, 256)
+    graph = one_node(Lookup("y", ("x",), "act", table, "tanh"), x_type, y_type)
+    x = np.arange(-128, 128).reshape(1, 2, 8, 16)
+    assert np.array_equal(run(graph, {"x": x})["y"].ravel(), table)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2)])
+def test_channel_mul_is_one_factor_per_channel_or_per_value(size: tuple[int, int]) -> None:
+    rng = np.random.default_rng(1)
+    a_type, b_type = TensorType((4, 3, 2), 8, 0.03, 5), TensorType((4, *size), 8, 0.004, -128)
+    y_type = TensorType((4, 3, 2), 4, 0.2, -8)
+    k, n = numerics.mul_factor(0.03, 0.004, 0.2)
+    node = ChannelMul(output="y", inputs=("a", "b"), path="scale", k=k, shift=n, low=-8, high=7)
+    graph = verify(Graph((node,), {"a": a_type, "b": b_type, "y": y_type}, ("a", "b"), ("y",)))
+    a, b = codes(rng, a_type, 30), codes(rng, b_type, 30)
+    result = run(graph, {"a": a, "b": b})["y"]
+    assert len(np.unique(result)) > 8
+    for index in np.ndindex(result.shape):
+        factor = int(b[index] if size != (1, 1) else b[index[:2]][0, 0]) + 128
+        want = ((int(a[index]) - 5) * factor * k + 2 ** (n - 1)) // 2**n - 8
+        assert result[index] == min(7, max(-8, want))
+
+
+def test_concat_and_upsample_copy_codes() -> None:
+    x_type = TensorType((1, 2, 2), 4, 0.1, 1)
+    nodes = (
+        Upsample("u", ("x",), "up", (2, 3)),
+        MaxPool("m", ("u",), "pool", (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)),
+        Concat("y", ("u", "m", "u"), "cat"),
+    )
+    big = TensorType((1, 4, 6), 4, 0.1, 1)
+    tensors = {"x": x_type, "u": big, "m": big, "y": TensorType((3, 4, 6), 4, 0.1, 1)}
+    result = run(verify(Graph(nodes, tensors, ("x",), ("y",))), {"x": np.array([[[[-8, 1], [2, -3]]]])})["y"][0]
+    assert result[0].tolist() == [[-8, -8, -8, 1, 1, 1]] * 2 + [[2, 2, 2, -3, -3, -3]] * 2
+    assert np.array_equal(result[2], result[0])
+    assert result[1].tolist()[0] == [-8, -8, 1, 1, 1, 1]
+
+
+def random_graph(seed: int) -> Graph:
+    rng = np.random.default_rng(seed)
+    return random_network(rng, get_arch("tiny"), blocks=5, size=int(rng.integers(5, 10)), every_operator=True)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_graphs_of_every_operator_equal_float64(seed: int, evaluate: Callable[..., Any]) -> None:
+    graph = random_graph(seed)
+    inputs = random_inputs(graph, np.random.default_rng(seed), images=2)
+    expected = evaluate(graph, inputs)
+    for name, result in run(graph, inputs, keep=True).items():
+        assert np.array_equal(result, expected[name]), f"seed {seed}, tensor {name}"
+
+
+def test_random_graphs_contain_every_operator_only_where_asked_for() -> None:
+    new = (Lookup, ChannelMul, Concat, Upsample)
+    drawn = Counter(type(n) for seed in range(40) for n in random_graph(seed).nodes)
+    assert all(drawn[kind] >= 5 for kind in (Conv, ResidualAdd, MaxPool, AvgPool, Flatten, *new)), drawn
+    groups = [n.groups for seed in range(40) for n in random_graph(seed).nodes if isinstance(n, Conv)]
+    assert sum(g > 1 for g in groups) >= 10
+    for seed in range(40):
+        for node in random_network(np.random.default_rng(seed), get_arch("tiny"), blocks=5).nodes:
+            assert not isinstance(node, new)
+            assert getattr(node, "groups", 1) == 1
 
 
 def test_flatten_puts_channels_outermost_and_keep_returns_everything() -> None:

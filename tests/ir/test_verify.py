@@ -7,13 +7,28 @@ import numpy as np
 import pytest
 
 from nibblecore.errors import GraphError
-from nibblecore.ir import AvgPool, Conv, Flatten, Graph, MaxPool, Node, ResidualAdd, TensorType, verify
+from nibblecore.ir import (
+    AvgPool,
+    ChannelMul,
+    Concat,
+    Conv,
+    Flatten,
+    Graph,
+    Lookup,
+    MaxPool,
+    Node,
+    ResidualAdd,
+    TensorType,
+    Upsample,
+    verify,
+)
 
 X = TensorType((2, 4, 4), 4, 0.1, -8)
 Y = TensorType((3, 4, 4), 4, 0.2, 0)
 POOLED = TensorType((2, 2, 2), 4, 0.1, -8)
 AVERAGED = TensorType((2, 2, 2), 8, 0.05, -128)
 SUM = TensorType((2, 4, 4), 8, 0.3, 1)
+BYTES = TensorType((2, 4, 4), 8, 0.1, -8)
 
 
 def node(kind: type[Node], **changes: Any) -> Any:
@@ -27,6 +42,10 @@ def node(kind: type[Node], **changes: Any) -> Any:
         AvgPool: {"kernel": (2, 2), "stride": (2, 2), "padding": (0, 0, 0, 0), "bias": 32, "mult": 70000, "shift": 16,
                   "low": -128, "high": 127},
         Flatten: {},
+        ChannelMul: {"inputs": ("x", "x"), "k": -9, "shift": 4, "low": -128, "high": 127},
+        Lookup: {"table": np.arange(256) % 16 - 8},
+        Concat: {"inputs": ("x", "x")},
+        Upsample: {"factor": (2, 3)},
     }  # fmt: skip
     return kind(**{**common, **defaults[kind], **changes})
 
@@ -47,7 +66,8 @@ def broken(g: Graph) -> list[str]:
     ("kind", "y"),
     [(Conv, Y), (ResidualAdd, SUM), (MaxPool, POOLED), (AvgPool, AVERAGED),
      (Flatten, dataclasses.replace(X, shape=(32, 1, 1))),
-     (Conv, TensorType((3, 4, 4), 32, (0.1, 0.2, 0.3), 0))],
+     (Conv, TensorType((3, 4, 4), 32, (0.1, 0.2, 0.3), 0)), (ChannelMul, SUM),
+     (Concat, dataclasses.replace(X, shape=(4, 4, 4))), (Upsample, dataclasses.replace(X, shape=(2, 8, 12)))],
 )  # fmt: skip
 def test_sound_graphs_pass_unchanged(kind: type[Node], y: TensorType) -> None:
     g = graph(node(kind), y=y)
@@ -63,6 +83,8 @@ def test_sound_graphs_pass_unchanged(kind: type[Node], y: TensorType) -> None:
         ({"nodes": (Node(output="y", inputs=("x",), path="odd"),)},
          "odd: Node is not a node of the integer graph"),
         ({"nodes": (node(ResidualAdd, inputs=("x",)),)}, "body.layer: ResidualAdd reads 2 tensors, not 1"),
+        ({"nodes": (node(ChannelMul, inputs=("x",)),)}, "body.layer: ChannelMul reads 2 tensors, not 1"),
+        ({"nodes": (node(Concat, inputs=("x",)),)}, "body.layer: Concat reads 2 tensors or more, not 1"),
         ({"nodes": (node(Conv, inputs=("x", "x")),)}, "body.layer: Conv reads 1 tensor, not 2"),
         ({"nodes": (node(Conv, inputs=("later",)),)},
          "body.layer: tensor later is read before any node has written it"),
@@ -108,7 +130,11 @@ def test_raw_tensors_leave_the_core() -> None:
     [
         (Conv, Y, {"weight": np.ones((3, 2, 3, 3))}, "weight must be int64, not float64"),
         (Conv, Y, {"weight": np.ones((3, 2), np.int64)},
-         "weight must have shape (out, in, kernel_y, kernel_x), not (3, 2)"),
+         "weight must have shape (out, in / groups, kernel_y, kernel_x), not (3, 2)"),
+        (Conv, Y, {"groups": 0}, "groups must be at least 1, not 0"),
+        (Conv, Y, {"groups": 2}, "weight has 2 input channels in each of 2 groups, but its input 2"),
+        (Conv, Y, {"weight": np.ones((3, 1, 3, 3), np.int64), "groups": 2},
+         "weight has 3 output channels, which 2 groups do not divide"),
         (Conv, Y, {"weight": np.ones((3, 5, 3, 3), np.int64)}, "weight has 5 input channels, but its input 2"),
         (Conv, Y, {"bias": np.zeros(2, np.int64)}, "bias must have shape (3,), not (2,)"),
         (Conv, Y, {"stride": (0, 1)}, "stride must be 2 integers of at least 1, not (0, 1)"),
@@ -141,10 +167,45 @@ def test_raw_tensors_leave_the_core() -> None:
         (AvgPool, AVERAGED, {"stride": (1, 2)}, "its output has shape (2, 2, 2), but the window gives (2, 3, 2)"),
         (Flatten, dataclasses.replace(X, shape=(31, 1, 1)), {},
          "its output must have shape (32, 1, 1), not (31, 1, 1)"),
+        (ChannelMul, POOLED, {"low": -8, "high": 7},
+         "the first operand and the product must have one shape, not (2, 4, 4) and (2, 2, 2)"),
+        (ChannelMul, SUM, {"k": 2**15}, "k must be in -32768..32767, not 32768..32768"),
+        (ChannelMul, SUM, {"shift": 0}, "shift must be in 1..31, not 0..0"),
+        (ChannelMul, SUM, {"low": 128}, "low and high must be ordered and in -128..127, not 128 and 127"),
+        (Lookup, Y, {}, "input and output must have one shape, not (2, 4, 4) and (3, 4, 4)"),
+        (Lookup, SUM, {}, "its input must have 8 bits, not 4"),
+        (Lookup, SUM, {"table": np.zeros(256)}, "table must be int64, not float64"),
+        (Lookup, SUM, {"table": np.zeros(255, np.int64)}, "table must have shape (256,), not (255,)"),
+        (Lookup, X, {"table": np.full(256, 8)}, "table must be in -8..7, not 8..8"),
+        (Concat, SUM, {},
+         "codes pass through, but bits, scale and zero point are (4, 0.1, -8) and (8, 0.3, 1)"),
+        (Concat, X, {}, "its output must have shape (4, 4, 4), not (2, 4, 4)"),
+        (Upsample, Y, {"factor": (1, 1)},
+         "codes pass through, but bits, scale and zero point change from (4, 0.1, -8) to (4, 0.2, 0)"),
+        (Upsample, X, {"factor": (0, 1)}, "factor must be 2 integers of at least 1, not (0, 1)"),
+        (Upsample, X, {}, "its output must have shape (2, 8, 12), not (2, 4, 4)"),
     ],
 )  # fmt: skip
 def test_nodes(kind: type[Node], y: TensorType, changes: dict[str, Any], text: str) -> None:
     assert f"body.layer: {text}" in broken(graph(node(kind, **changes), y=y))
+
+
+def test_a_lookup_of_bytes_is_sound() -> None:
+    g = graph(node(Lookup), tensors={"x": BYTES, "y": X})
+    assert verify(g) is g
+
+
+def test_the_second_operand_of_a_product() -> None:
+    tensors = {"x": X, "b": dataclasses.replace(X, shape=(2, 4, 1)), "y": SUM}
+    g = graph(node(ChannelMul, inputs=("x", "b")), tensors=tensors, inputs=("x", "b"))
+    assert broken(g) == ["body.layer: the second operand must have shape (2, 4, 4) or (2, 1, 1), not (2, 4, 1)"]
+    verify(g.replace(tensors={**tensors, "b": dataclasses.replace(X, shape=(2, 1, 1))}))
+
+
+def test_parts_of_different_sizes() -> None:
+    tensors = {"x": X, "b": dataclasses.replace(X, shape=(2, 2, 3)), "y": X}
+    g = graph(node(Concat, inputs=("x", "b")), tensors=tensors, inputs=("x", "b"))
+    assert broken(g) == ["body.layer: its inputs must have the same rows and columns, not 2x3 and 4x4"]
 
 
 def test_the_worst_case_includes_the_most_negative_code() -> None:

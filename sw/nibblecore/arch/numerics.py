@@ -18,6 +18,9 @@ SHIFT_MAX: Final = 47
 ADD_FACTOR_BITS: Final = 16
 ADD_SHIFT_MIN: Final = 1
 ADD_SHIFT_MAX: Final = 31
+MUL_FACTOR_BITS: Final = 16
+MUL_SHIFT_MIN: Final = 1
+MUL_SHIFT_MAX: Final = 31
 W4_LIMIT: Final = 7
 """4-bit weights of our training are in -7..7."""
 W8_LIMIT: Final = 119
@@ -65,6 +68,16 @@ def residual_add(
 ) -> Any:
     """``clamp(zero + (((a - zero_a)*k_a + (b - zero_b)*k_b + 2**(n-1)) >> n), low, high)``, one rounding."""
     return clamp(zero + rounding_shift((a - zero_a) * k_a + (b - zero_b) * k_b, n), low, high)
+
+
+def channel_mul(
+    a: Any, b: Any, *, zero_a: int, zero_b: int, k: int, n: int, zero: int, low: int, high: int
+) -> Any:  # fmt: skip
+    """``clamp(zero + (((a - zero_a)*(b - zero_b)*k + 2**(n-1)) >> n), low, high)``, one rounding.
+
+    Two differences of 9 bits signed and a ``k`` of 16 make a product of at most 33 bits.
+    """
+    return clamp(zero + rounding_shift((a - zero_a) * (b - zero_b) * k, n), low, high)
 
 
 def split_code8(code: Any) -> tuple[Any, Any]:
@@ -143,3 +156,17 @@ def add_factors(scale_a: float, scale_b: float, scale: float) -> tuple[int, int,
         if n <= 24 and max(k_a, k_b) < limit:
             return k_a, k_b, n
     raise ValueError(f"scales {scale_a:g} and {scale_b:g} are too large beside the sum's {scale:g}")
+
+
+def mul_factor(scale_a: float, scale_b: float, scale: float) -> tuple[int, int]:
+    """``(k, n)`` of :func:`channel_mul`: ``k = round(scale_a * scale_b / scale * 2**n)``, n as large as fits.
+
+    Scales are positive; ``k`` is in 2**14..2**15-1 unless ``n`` has reached 31. Rounds half up. Raises
+    :class:`ValueError` where the ratio is 2**14 or more and so does not fit 16 bits at ``n = 1``.
+    """
+    ratio = Fraction(scale_a) * Fraction(scale_b) / Fraction(scale)
+    for n in range(MUL_SHIFT_MAX, MUL_SHIFT_MIN - 1, -1):
+        k = int(ratio * (1 << n) + Fraction(1, 2))
+        if k < 1 << MUL_FACTOR_BITS - 1:
+            return k, n
+    raise ValueError(f"the product of scales {scale_a:g} and {scale_b:g} is too large beside the result's {scale:g}")

@@ -14,7 +14,19 @@ from ..arch import numerics
 from ..arch.config import ArchConfig
 from ..arch.isa import INSTRUCTIONS, Opcode
 from ..errors import CompileError
-from ..ir.graph import AvgPool, Conv, Flatten, Graph, MaxPool, Node, ResidualAdd
+from ..ir.graph import (
+    AvgPool,
+    ChannelMul,
+    Concat,
+    Conv,
+    Flatten,
+    Graph,
+    Lookup,
+    MaxPool,
+    Node,
+    ResidualAdd,
+    Upsample,
+)
 from .tiling import tensor_layout
 
 
@@ -207,6 +219,43 @@ def rule_bias(node: Conv | AvgPool, context: Context) -> str | None:
     return None
 
 
+def rule_groups(node: Conv, context: Context) -> str | None:
+    """Convolutions have one group; there is no unit for depthwise and grouped ones yet."""
+    if node.groups > 1:
+        each = node.weight.shape[1]
+        return f"This one has {node.groups} groups of {each} input channel{'s' * (each > 1)}. {_change('groups=1')}"
+    return None
+
+
+# What the core has no unit for -------------------------------------------------------------------------------------
+
+
+def _change(instead: str) -> str:
+    return f"Use {instead}, or execute the graph with nibblecore.ir.run."
+
+
+def rule_lookup(node: Lookup, context: Context) -> str | None:
+    """There is no unit for lookup tables yet: activations are ReLU and clamps."""
+    return f"This one is {node.function}. {_change('ReLU or ReLU6')}"
+
+
+def rule_channel_mul(node: ChannelMul, context: Context) -> str | None:
+    """There is no unit for products of two tensors yet, as in squeeze-excite."""
+    a, b = (context.graph.tensors[name].shape for name in node.inputs)
+    return f"This one multiplies {a} by {b}. {_change('a block without it')}"
+
+
+def rule_concat(node: Concat, context: Context) -> str | None:
+    """Concatenations are not assigned to addresses yet."""
+    parts = [context.graph.tensors[name].shape[0] for name in node.inputs]
+    return f"This one joins {' + '.join(map(str, parts))} channels. {_change('a sum')}"
+
+
+def rule_upsample(node: Upsample, context: Context) -> str | None:
+    """Upsampling is not part of instructions yet."""
+    return f"This one is by {node.factor[0]}x{node.factor[1]}. {_change('a network without it')}"
+
+
 # Additions, reshapes, outputs --------------------------------------------------------------------------------------
 
 
@@ -252,13 +301,17 @@ _WINDOW: Final[tuple[Rule, ...]] = (rule_kernel, rule_stride, rule_padding, rule
 _TENSORS: Final[tuple[Rule, ...]] = (rule_pixel, rule_map)
 
 RULES: Final[dict[type[Node], tuple[Rule, ...]]] = {
-    Conv: (*_WINDOW, rule_dilation, rule_weights, rule_accumulator, rule_bias, *_TENSORS),
+    Conv: (*_WINDOW, rule_dilation, rule_groups, rule_weights, rule_accumulator, rule_bias, *_TENSORS),
     MaxPool: (*_WINDOW, rule_dilation, *_TENSORS),
     AvgPool: (*_WINDOW, rule_pool_accumulator, rule_bias, *_TENSORS),
     ResidualAdd: (rule_window_fits, *_TENSORS),
     Flatten: (rule_flatten, rule_flat_kernel, rule_flat_window),
+    Lookup: (rule_lookup,),
+    ChannelMul: (rule_channel_mul,),
+    Concat: (rule_concat,),
+    Upsample: (rule_upsample,),
 }
-"""The rules of every operator that the core runs; any other node is not supported."""
+"""The rules of every operator of the integer graph, also of those that no core runs yet."""
 
 
 def message(rule: Rule) -> str:
@@ -276,7 +329,7 @@ def check_supported(graph: Graph, arch: ArchConfig) -> Graph:
         if name in graph.inputs:
             violations.append(f"output {name}: Outputs of the network are computed by it. (It is an input as well.)")
     for node in graph.nodes:
-        for rule in RULES.get(type(node), ()):
+        for rule in RULES[type(node)]:
             why = rule(node, context)
             if why is not None:
                 violations.append(f"{node.path}: {message(rule)} ({why})")
@@ -293,6 +346,10 @@ _TITLES: Final[dict[type[Node], str]] = {
     AvgPool: "Average pool, global ones included",
     ResidualAdd: "Residual addition",
     Flatten: "Flatten",
+    Lookup: "Activations by table: SiLU, sigmoid, hard-swish and others",
+    ChannelMul: "Channel-wise multiplication",
+    Concat: "Concatenation",
+    Upsample: "Nearest upsampling",
 }
 
 

@@ -1,19 +1,36 @@
 """The integer graph: what training exports, import produces and the compiler takes."""
 
-from .graph import AvgPool, Conv, Flatten, Graph, MaxPool, Node, ResidualAdd, TensorType
+from .graph import (
+    AvgPool,
+    ChannelMul,
+    Concat,
+    Conv,
+    Flatten,
+    Graph,
+    Lookup,
+    MaxPool,
+    Node,
+    ResidualAdd,
+    TensorType,
+    Upsample,
+)
 from .grid import dequantize, quantize
 from .interpret import run
 from .verify import verify
 
 __all__ = [
     "AvgPool",
+    "ChannelMul",
+    "Concat",
     "Conv",
     "Flatten",
     "Graph",
+    "Lookup",
     "MaxPool",
     "Node",
     "ResidualAdd",
     "TensorType",
+    "Upsample",
     "dequantize",
     "quantize",
     "run",

@@ -50,14 +50,16 @@ class Node:
 class Conv(Node):
     """Convolution or linear layer, batch norm folded, with requantization.
 
-    ``acc[o] = sum(x * weight[o])`` over the window, where taps outside the map read the input's zero point; then
+    ``acc[o] = sum(x * weight[o])`` over the window, where taps outside the map read the input's zero point and ``x``
+    are the input channels of the group of ``o``: group ``g`` of ``groups`` equal ones reads the ``g``-th part of the
+    input channels and writes the ``g``-th part of the output channels. ``groups = in`` is a depthwise convolution. Then
     ``q = clamp(requantize(acc, bias, mult, shift) + zero, low, high)``, or ``acc + bias`` where the output has 32 bits.
     ``x`` are stored codes: ``bias`` already contains ``-zero_x * sum(weight[o])``.
 
     Parameters
     ----------
     weight : int64 array
-        Codes, shape ``(out, in, kernel_y, kernel_x)``.
+        Codes, shape ``(out, in / groups, kernel_y, kernel_x)``.
     weight_bits : int
         4 (codes in -8..7) or 8.
     weight_scale : float64 array
@@ -70,6 +72,8 @@ class Conv(Node):
         Top, left, bottom, right.
     low, high : int
         Clamp of the output code; ReLU is ``low = zero``.
+    groups : int
+        Divides input and output channels.
     """
 
     weight: IntArray
@@ -83,6 +87,7 @@ class Conv(Node):
     dilation: tuple[int, int]
     low: int
     high: int
+    groups: int = 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,6 +99,35 @@ class ResidualAdd(Node):
     shift: int
     low: int
     high: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ChannelMul(Node):
+    """:func:`nibblecore.arch.numerics.channel_mul`: the first tensor times the second (squeeze-excite).
+
+    The second has the shape of the first, or ``(C, 1, 1)``: one factor per channel. 4 or 8 bits each, output too.
+    """
+
+    k: int
+    shift: int
+    low: int
+    high: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Lookup(Node):
+    """``q = table[code + 128]``: any function of one 8-bit tensor, 4- or 8-bit codes out.
+
+    Parameters
+    ----------
+    table : int64 array
+        Shape ``(256,)``; entry 0 is for the stored code -128. Rounding and clamps are in it.
+    function : str
+        What it was in the model, as in ``silu``; for people.
+    """
+
+    table: IntArray
+    function: str = "lookup"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -125,6 +159,21 @@ class AvgPool(Node):
     shift: int
     low: int
     high: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Concat(Node):
+    """All inputs one behind the other along the channels; inputs and output share one grid, and codes pass through.
+
+    Two inputs or more, with the same rows and columns; one tensor may be there several times.
+    """
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Upsample(Node):
+    """Nearest neighbour: every pixel ``factor`` times, rows and columns; codes pass through."""
+
+    factor: tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

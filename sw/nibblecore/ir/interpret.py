@@ -10,7 +10,21 @@ import numpy as np
 import numpy.typing as npt
 
 from ..arch import numerics
-from .graph import AvgPool, Conv, Flatten, Graph, IntArray, MaxPool, Node, ResidualAdd, TensorType
+from .graph import (
+    AvgPool,
+    ChannelMul,
+    Concat,
+    Conv,
+    Flatten,
+    Graph,
+    IntArray,
+    Lookup,
+    MaxPool,
+    Node,
+    ResidualAdd,
+    TensorType,
+    Upsample,
+)
 
 _COLUMN_BYTES: Final = 64 << 20
 """Memory that the unfolded windows of one block of output rows may take."""
@@ -109,6 +123,7 @@ def _float_for(taps: int, x_bits: int, weight: IntArray) -> type[np.floating[Any
 def _accumulate(node: Conv, x: IntArray, tensor: TensorType) -> IntArray:
     """``acc`` of every output, shape ``(N, out, OH, OW)``."""
     out_channels, in_channels, kernel_y, kernel_x = node.weight.shape
+    groups = node.groups
     taps = in_channels * kernel_y * kernel_x
     dtype = _float_for(taps, tensor.bits, node.weight)
     view = windows(
@@ -120,14 +135,16 @@ def _accumulate(node: Conv, x: IntArray, tensor: TensorType) -> IntArray:
         fill=tensor.zero,
     )
     batch, _, rows, cols = view.shape[:4]
-    matrix: npt.NDArray[Any] = node.weight.reshape(out_channels, taps).T.astype(dtype)
-    acc = np.empty((batch, out_channels, rows, cols), dtype=np.int64)
-    block = max(1, _COLUMN_BYTES // max(1, batch * cols * taps * np.dtype(dtype).itemsize))
+    view = view.reshape(batch, groups, in_channels, *view.shape[2:])
+    # One product of matrices per group: (windows, taps) times (taps, outputs).
+    matrix: npt.NDArray[Any] = node.weight.reshape(groups, -1, taps).transpose(0, 2, 1).astype(dtype)
+    acc = np.empty((batch, groups, out_channels // groups, rows, cols), dtype=np.int64)
+    block = max(1, _COLUMN_BYTES // max(1, batch * cols * groups * taps * np.dtype(dtype).itemsize))
     for row in range(0, rows, block):
-        part = view[:, :, row : row + block].transpose(0, 2, 3, 1, 4, 5).astype(dtype)
-        sums = part.reshape(-1, taps) @ matrix
-        acc[:, :, row : row + block] = sums.reshape(batch, -1, cols, out_channels).transpose(0, 3, 1, 2)
-    return acc
+        part = view[:, :, :, row : row + block].transpose(1, 0, 3, 4, 2, 5, 6).astype(dtype)
+        sums = part.reshape(groups, -1, taps) @ matrix
+        acc[:, :, :, row : row + block] = sums.reshape(groups, batch, -1, cols, acc.shape[2]).transpose(1, 0, 4, 2, 3)
+    return acc.reshape(batch, out_channels, rows, cols)
 
 
 def _check_fits(node: Node, total: IntArray) -> None:
@@ -164,6 +181,33 @@ def _residual_add(graph: Graph, node: ResidualAdd, a: IntArray, b: IntArray) -> 
     )
 
 
+def _channel_mul(graph: Graph, node: ChannelMul, a: IntArray, b: IntArray) -> IntArray:
+    type_a, type_b = (graph.tensors[name] for name in node.inputs)
+    return numerics.channel_mul(
+        a,
+        b,
+        zero_a=type_a.zero,
+        zero_b=type_b.zero,
+        k=node.k,
+        n=node.shift,
+        zero=graph.tensors[node.output].zero,
+        low=node.low,
+        high=node.high,
+    )
+
+
+def _lookup(graph: Graph, node: Lookup, x: IntArray) -> IntArray:
+    return node.table[x + 128]
+
+
+def _concat(graph: Graph, node: Concat, *parts: IntArray) -> IntArray:
+    return np.concatenate(parts, axis=1)
+
+
+def _upsample(graph: Graph, node: Upsample, x: IntArray) -> IntArray:
+    return x.repeat(node.factor[0], axis=2).repeat(node.factor[1], axis=3)
+
+
 def _max_pool(graph: Graph, node: MaxPool, x: IntArray) -> IntArray:
     lowest, _ = numerics.code_range(graph.tensors[node.inputs[0]].bits)
     view = windows(x, kernel=node.kernel, stride=node.stride, padding=node.padding, dilation=node.dilation, fill=lowest)
@@ -186,7 +230,11 @@ def _flatten(graph: Graph, node: Flatten, x: IntArray) -> IntArray:
 _EXECUTE: Final[dict[type[Node], Callable[..., IntArray]]] = {
     Conv: _conv,
     ResidualAdd: _residual_add,
+    ChannelMul: _channel_mul,
+    Lookup: _lookup,
     MaxPool: _max_pool,
     AvgPool: _avg_pool,
+    Concat: _concat,
+    Upsample: _upsample,
     Flatten: _flatten,
 }

@@ -1,6 +1,7 @@
 """Random integer graphs for tests: every operator, bit width, zero point, stride and padding, with sensible outputs.
 
-All randomness comes from the generator that is passed in: one seed, one graph.
+All randomness comes from the generator that is passed in: one seed, one graph. What the core does not run is drawn only
+where it is asked for: ``random_network(..., every_operator=True)``.
 """
 
 import math
@@ -11,7 +12,21 @@ import numpy as np
 from ..arch import numerics
 from ..arch.config import ArchConfig
 from ..runtime.layout import tensor_words
-from .graph import AvgPool, Conv, Flatten, Graph, IntArray, MaxPool, Node, ResidualAdd, TensorType
+from .graph import (
+    AvgPool,
+    ChannelMul,
+    Concat,
+    Conv,
+    Flatten,
+    Graph,
+    IntArray,
+    Lookup,
+    MaxPool,
+    Node,
+    ResidualAdd,
+    TensorType,
+    Upsample,
+)
 from .verify import output_size, verify
 
 Rng = np.random.Generator
@@ -84,6 +99,7 @@ class GraphBuilder:
         stride: tuple[int, int] = (1, 1),
         padding: tuple[int, int, int, int] = (1, 1, 1, 1),
         dilation: tuple[int, int] = (1, 1),
+        groups: int = 1,
         weight_bits: int | None = None,
         bits: int | None = None,
     ) -> str:
@@ -92,7 +108,7 @@ class GraphBuilder:
         bits = bits if bits is not None else self._choice(_BITS)
         weight_bits = weight_bits if weight_bits is not None else self._choice(_BITS)
         low, high = numerics.code_range(weight_bits)
-        shape = (channels, source.shape[0], *kernel)
+        shape = (channels, source.shape[0] // groups, *kernel)
         spread = self._choice((0.15, 0.5, 2.0))
         weight = np.clip(np.rint(rng.normal(0, spread * high, shape)), low, high).astype(np.int64)
         if rng.random() < 0.2:
@@ -111,7 +127,7 @@ class GraphBuilder:
             Conv(
                 name, (x,), f"net.{name}", weight=weight, weight_bits=weight_bits,
                 weight_scale=np.full(channels, 0.01), bias=bias, mult=mult, shift=shift, stride=stride,
-                padding=padding, dilation=dilation, low=clamp[0], high=clamp[1],
+                padding=padding, dilation=dilation, low=clamp[0], high=clamp[1], groups=groups,
             )
         )  # fmt: skip
         return name
@@ -183,6 +199,55 @@ class GraphBuilder:
         self.nodes.append(ResidualAdd(name, (a, b), f"net.{name}", factors[0], factors[1], shift, low, high))
         return name
 
+    def lookup(self, x: str, *, bits: int | None = None) -> str:
+        """A table of a smooth function, or of noise; the input must have 8 bits."""
+        name = self._tensor(self._name("lookup"), self.tensors[x].shape, bits or self._choice(_BITS))
+        y = self.tensors[name]
+        low, high = numerics.code_range(y.bits)
+        if self.rng.random() < 0.3:
+            table = self.rng.integers(low, high, 256, endpoint=True)
+        else:
+            bend = np.arange(-128, 128) * self.rng.uniform(0.01, 0.06)
+            table = np.clip(np.rint(bend / (1 + np.exp(-bend)) * high / 2) + y.zero, low, high)
+        self.nodes.append(Lookup(name, (x,), f"net.{name}", table.astype(np.int64), "silu"))
+        return name
+
+    def multiply(self, a: str, b: str, *, bits: int | None = None) -> str:
+        """A product of two tensors of one shape, or of a tensor and a factor per channel."""
+        name = self._tensor(self._name("mul"), self.tensors[a].shape, bits or self._choice(_BITS))
+        y = self.tensors[name]
+        ratio = 2.0 ** (y.bits + 1 - self.tensors[a].bits - self.tensors[b].bits) * self.rng.uniform(0.5, 2.0)
+        k, shift = numerics.mul_factor(ratio, 1.0, 1.0)
+        low, high = self._clamp(name)
+        self.nodes.append(
+            ChannelMul(name, (a, b), f"net.{name}", -k if self.rng.random() < 0.15 else k, shift, low, high)
+        )
+        return name
+
+    def concat(self, *parts: str) -> str:
+        """Parts of one grid, which :meth:`on_grid_of` makes of others."""
+        first = self.tensors[parts[0]]
+        name = self._name("concat")
+        channels = sum(self.tensors[p].shape[0] for p in parts)
+        self.tensors[name] = TensorType((channels, *first.shape[1:]), first.bits, first.scale, first.zero)
+        self.nodes.append(Concat(name, parts, f"net.{name}"))
+        return name
+
+    def upsample(self, x: str, factor: tuple[int, int] = (2, 2)) -> str:
+        source = self.tensors[x]
+        name = self._name("up")
+        shape = (source.shape[0], source.shape[1] * factor[0], source.shape[2] * factor[1])
+        self.tensors[name] = TensorType(shape, source.bits, source.scale, source.zero)
+        self.nodes.append(Upsample(name, (x,), f"net.{name}", factor))
+        return name
+
+    def on_grid_of(self, x: str, other: str) -> str:
+        """A convolution of ``x`` whose output has the grid of ``other``."""
+        y = self.tensors[other]
+        name = self.conv(x, self.tensors[x].shape[0], bits=y.bits)
+        self.tensors[name] = TensorType(self.tensors[name].shape, y.bits, y.scale, y.zero)
+        return name
+
     def flatten(self, x: str) -> str:
         source = self.tensors[x]
         name = self._name("flat")
@@ -242,8 +307,13 @@ def random_layer(rng: Rng, arch: ArchConfig, *, large: bool = False) -> Graph:
     return builder.finish(result, name="layer")
 
 
-def random_network(rng: Rng, arch: ArchConfig, *, blocks: int = 3, size: int | None = None) -> Graph:
-    """A random small network: convolutions, residual blocks with and without projection, pools, a linear head."""
+def random_network(
+    rng: Rng, arch: ArchConfig, *, blocks: int = 3, size: int | None = None, every_operator: bool = False
+) -> Graph:
+    """A random small network: convolutions, residual blocks with and without projection, pools, a linear head.
+
+    ``every_operator``: also what the core does not run, as groups, lookups, squeeze-excite, concatenations, upsampling.
+    """
     lanes = arch.lanes
     size = size if size is not None else int(rng.integers(4, 13))
     widths = [max(1, w) for w in (lanes // 2, lanes - 1, lanes, lanes + 1, 2 * lanes)]
@@ -252,7 +322,7 @@ def random_network(rng: Rng, arch: ArchConfig, *, blocks: int = 3, size: int | N
     outputs = []
     for _ in range(blocks):
         _, rows, cols = builder.tensors[x].shape
-        kind = int(rng.integers(7))
+        kind = int(rng.integers(12 if every_operator else 7))
         if kind == 0 and min(rows, cols) >= 2:
             overlap = rng.random() < 0.5
             x = builder.max_pool(
@@ -276,6 +346,8 @@ def random_network(rng: Rng, arch: ArchConfig, *, blocks: int = 3, size: int | N
             y = builder.conv(x, builder.tensors[x].shape[0], bits=4)
             z = builder.add(x, y)
             x = builder.add(y, z)
+        elif kind >= 7:
+            x = _random_block(builder, x, kind, int(rng.choice(widths)))
         else:
             x = builder.conv(x, int(rng.choice(widths)), stride=(2, 1), dilation=(1, 2), padding=(1, 2, 1, 2))
             if rng.random() < 0.3:
@@ -291,3 +363,26 @@ def random_network(rng: Rng, arch: ArchConfig, *, blocks: int = 3, size: int | N
     else:
         x = builder.max_pool(x, kernel=(2, 1), stride=(1, 1), padding=(1, 0, 0, 0))
     return builder.finish(*outputs, x, name="network")
+
+
+def _random_block(builder: GraphBuilder, x: str, kind: int, width: int) -> str:
+    """One of the blocks that the core does not run."""
+    rng, (channels, rows, cols) = builder.rng, builder.tensors[x].shape
+    if kind == 7:  # depthwise
+        return builder.conv(x, channels * int(rng.integers(1, 3)), groups=channels, stride=(1, int(rng.integers(1, 3))))
+    if kind == 8:  # groups
+        groups = int(rng.choice([g for g in range(1, channels + 1) if channels % g == 0]))
+        return builder.conv(x, groups * int(rng.integers(1, 4)), groups=groups)
+    if kind == 9:  # an activation, and a tensor times a function of itself
+        y = builder.conv(x, width, bits=8)
+        z = builder.lookup(y)
+        return z if rng.random() < 0.5 else builder.multiply(y, z)
+    if kind == 10:  # squeeze-excite
+        y = builder.conv(builder.avg_pool(x), channels, kernel=(1, 1), padding=(0, 0, 0, 0), bits=8)
+        return builder.multiply(x, builder.lookup(y))
+    if min(rows, cols) < 2:
+        return builder.concat(x, x)
+    y = builder.max_pool(x, kernel=(3, 3), stride=(1, 1), padding=(1, 1, 1, 1))
+    factor = (2 - rows % 2, 2 - cols % 2)
+    z = builder.upsample(builder.max_pool(x, kernel=factor, stride=factor), factor)
+    return builder.concat(x, builder.on_grid_of(x, x), y, z)

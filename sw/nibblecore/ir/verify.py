@@ -8,7 +8,20 @@ import numpy as np
 
 from ..arch import numerics
 from ..errors import GraphError
-from .graph import AvgPool, Conv, Flatten, Graph, MaxPool, Node, ResidualAdd, TensorType
+from .graph import (
+    AvgPool,
+    ChannelMul,
+    Concat,
+    Conv,
+    Flatten,
+    Graph,
+    Lookup,
+    MaxPool,
+    Node,
+    ResidualAdd,
+    TensorType,
+    Upsample,
+)
 
 
 def verify(graph: Graph) -> Graph:
@@ -53,9 +66,11 @@ def _references(graph: Graph) -> Iterator[str]:
         if type(node) not in _RULES:
             yield f"{node.path}: {type(node).__name__} is not a node of the integer graph"
             continue
-        arity = 2 if isinstance(node, ResidualAdd) else 1
-        if len(node.inputs) != arity:
-            yield f"{node.path}: {type(node).__name__} reads {arity} tensor{'s'[: arity - 1]}, not {len(node.inputs)}"
+        arity = 2 if isinstance(node, ResidualAdd | ChannelMul | Concat) else 1
+        more = isinstance(node, Concat) and len(node.inputs) > arity
+        if len(node.inputs) != arity and not more:
+            wanted = f"{arity} tensor{'s'[: arity - 1]}{' or more' * isinstance(node, Concat)}"
+            yield f"{node.path}: {type(node).__name__} reads {wanted}, not {len(node.inputs)}"
         for name in node.inputs:
             if name not in known:
                 yield f"{node.path}: tensor {name} is read before any node has written it"
@@ -159,11 +174,17 @@ def _conv(node: Conv, x: TensorType, y: TensorType) -> Iterator[str]:
         if getattr(node, name).dtype != np.int64:
             yield f"{name} must be int64, not {getattr(node, name).dtype}"
     if node.weight.ndim != 4 or node.weight.size == 0:
-        yield f"weight must have shape (out, in, kernel_y, kernel_x), not {node.weight.shape}"
+        yield f"weight must have shape (out, in / groups, kernel_y, kernel_x), not {node.weight.shape}"
         return
     out_channels, in_channels, kernel_y, kernel_x = node.weight.shape
-    if in_channels != x.shape[0]:
-        yield f"weight has {in_channels} input channels, but its input {x.shape[0]}"
+    if node.groups < 1:
+        yield f"groups must be at least 1, not {node.groups}"
+        return
+    if in_channels * node.groups != x.shape[0]:
+        per_group = f" in each of {node.groups} groups" if node.groups > 1 else ""
+        yield f"weight has {in_channels} input channels{per_group}, but its input {x.shape[0]}"
+    if out_channels % node.groups:
+        yield f"weight has {out_channels} output channels, which {node.groups} groups do not divide"
     wrong = [n for n in ("bias", "mult", "shift", "weight_scale") if getattr(node, n).shape != (out_channels,)]
     for name in wrong:
         yield f"{name} must have shape ({out_channels},), not {getattr(node, name).shape}"
@@ -197,6 +218,54 @@ def _residual_add(node: ResidualAdd, a: TensorType, b: TensorType, y: TensorType
     yield from _clamps(node.low, node.high, y)
 
 
+def _channel_mul(node: ChannelMul, a: TensorType, b: TensorType, y: TensorType) -> Iterator[str]:
+    if a.shape != y.shape:
+        yield f"the first operand and the product must have one shape, not {a.shape} and {y.shape}"
+    if b.shape not in (a.shape, (a.shape[0], 1, 1)):
+        yield f"the second operand must have shape {a.shape} or {(a.shape[0], 1, 1)}, not {b.shape}"
+    yield from _within("k", node.k, *numerics.code_range(numerics.MUL_FACTOR_BITS))
+    yield from _within("shift", node.shift, numerics.MUL_SHIFT_MIN, numerics.MUL_SHIFT_MAX)
+    yield from _clamps(node.low, node.high, y)
+
+
+def _lookup(node: Lookup, x: TensorType, y: TensorType) -> Iterator[str]:
+    if x.shape != y.shape:
+        yield f"input and output must have one shape, not {x.shape} and {y.shape}"
+    if x.bits != 8:
+        yield f"its input must have 8 bits, not {x.bits}"
+    if node.table.dtype != np.int64:
+        yield f"table must be int64, not {node.table.dtype}"
+    if node.table.shape != (256,):
+        yield f"table must have shape (256,), not {node.table.shape}"
+        return
+    yield from _within("table", node.table, *numerics.code_range(y.bits))
+
+
+def _concat(node: Concat, *tensors: TensorType) -> Iterator[str]:
+    *parts, y = tensors
+    grids = list(dict.fromkeys(_grid(t) for t in tensors))
+    if len(grids) > 1:
+        yield f"codes pass through, but bits, scale and zero point are {' and '.join(map(str, grids))}"
+    sizes = {t.shape[1:] for t in parts}
+    if len(sizes) > 1:
+        shown = " and ".join(f"{rows}x{cols}" for rows, cols in sorted(sizes))
+        yield f"its inputs must have the same rows and columns, not {shown}"
+        return
+    shape = (sum(t.shape[0] for t in parts), *parts[0].shape[1:])
+    if y.shape != shape:
+        yield f"its output must have shape {shape}, not {y.shape}"
+
+
+def _upsample(node: Upsample, x: TensorType, y: TensorType) -> Iterator[str]:
+    yield from _same_grid(x, y)
+    if len(node.factor) != 2 or any(f < 1 for f in node.factor):
+        yield f"factor must be 2 integers of at least 1, not {node.factor}"
+        return
+    shape = (x.shape[0], x.shape[1] * node.factor[0], x.shape[2] * node.factor[1])
+    if y.shape != shape:
+        yield f"its output must have shape {shape}, not {y.shape}"
+
+
 def _max_pool(node: MaxPool, x: TensorType, y: TensorType) -> Iterator[str]:
     yield from _same_grid(x, y)
     yield from _geometry(x, y, x.shape[0], node.kernel, node.stride, node.padding, node.dilation)
@@ -221,15 +290,22 @@ def _flatten(node: Flatten, x: TensorType, y: TensorType) -> Iterator[str]:
 
 
 def _same_grid(x: TensorType, y: TensorType) -> Iterator[str]:
-    grids = [(t.bits, t.scale, t.zero) for t in (x, y)]
-    if grids[0] != grids[1]:
-        yield f"codes pass through, but bits, scale and zero point change from {grids[0]} to {grids[1]}"
+    if _grid(x) != _grid(y):
+        yield f"codes pass through, but bits, scale and zero point change from {_grid(x)} to {_grid(y)}"
+
+
+def _grid(tensor: TensorType) -> tuple[int, float | tuple[float, ...], int]:
+    return tensor.bits, tensor.scale, tensor.zero
 
 
 _RULES: Final[dict[type[Node], Callable[..., Iterator[str]]]] = {
     Conv: _conv,
     ResidualAdd: _residual_add,
+    ChannelMul: _channel_mul,
+    Lookup: _lookup,
     MaxPool: _max_pool,
     AvgPool: _avg_pool,
+    Concat: _concat,
+    Upsample: _upsample,
     Flatten: _flatten,
 }
