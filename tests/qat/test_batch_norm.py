@@ -136,7 +136,8 @@ def test_reestimation() -> None:
     with pytest.raises(TrainingError, match=r"^Batch norms are re-estimated from at least one batch; the loader gave "):
         reestimate_batch_norm(other, [])
     assert norm.momentum == stem.norm.momentum
-    with pytest.raises(ValueError, match=r"^the model has no batch norms; prepare it with batch_norm='unfolded'$"):
+    text = r"^the model has no batch norms; prepare it with batch_norm='unfolded' or 'folded_train'$"
+    with pytest.raises(ValueError, match=text):
         reestimate_batch_norm(prepare(resnet(), QConfig(), EXAMPLE), [x])
 
 
@@ -146,7 +147,7 @@ def test_one_batch_norm_for_each_layer() -> None:
     text = r"^2: Batch norm follows a convolution .* 0 has one already\. Move it there, or remove it\.$"
     with pytest.raises(CompileError, match=text):
         prepare(net, UNFOLDED, EXAMPLE)
-    with pytest.raises(ValueError, match=r"^batch_norm must be 'folded' or 'unfolded', not 'no'$"):
+    with pytest.raises(ValueError, match=r"^batch_norm must be 'folded', 'folded_train' or 'unfolded', not 'no'$"):
         QConfig(batch_norm="no")  # type: ignore[arg-type]
 
 

@@ -33,7 +33,9 @@ def test_json_round_trip() -> None:
         ({"first_last_bits": 16}, ValueError, r"^first_last_bits must be 2, 3, 4 or 8, not 16$"),
         ({"residual_bits": 0}, ValueError, r"^residual_bits must be 2, 3, 4 or 8, not 0$"),
         ({"shortcut_bits": None}, ValueError, r"^shortcut_bits must be 2, 3, 4 or 8, not None$"),
-        ({"output_bits": 4}, ValueError, r"^output_bits must be 8 or 32, not 4$"),
+        ({"output_bits": 5}, ValueError, r"^output_bits must be 2, 3, 4, 8 or 32, not 5$"),
+        ({"bias_bits": 4}, ValueError, r"^bias_bits must be 8 or None, not 4$"),
+        ({"input_scale_kind": "x"}, ValueError, r"^input_scale_kind must be 'free' or 'power_of_two', not 'x'$"),
         ({"overrides": [1]}, TypeError, r"^overrides must be a tuple of Override, not \[1\]$"),
     ],
 )

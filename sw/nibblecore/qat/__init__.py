@@ -19,7 +19,15 @@ from .lsq import LsqOptions
 from .lsq_plus import LsqPlusOptions
 from .methods import METHODS, ActQuantizer, Method, MethodOptions, WeightQuantizer
 from .pact import clipping_penalty
-from .prepare import QuantModel, add_correction, calibrate, parameter_groups, prepare, reestimate_batch_norm
+from .prepare import (
+    QuantModel,
+    add_correction,
+    calibrate,
+    freeze_batch_norm,
+    parameter_groups,
+    prepare,
+    reestimate_batch_norm,
+)
 from .regularization import (
     OscillationTracker,
     bin_regularization,
@@ -53,6 +61,7 @@ __all__ = [
     "cosine_ramp",
     "dampening",
     "dorefa",
+    "freeze_batch_norm",
     "iao",
     "load_checkpoint",
     "load_model",

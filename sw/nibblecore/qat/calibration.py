@@ -7,7 +7,7 @@ grids without a zero point the smallest symmetric one around it. Register others
 import abc
 import math
 from collections.abc import Callable
-from typing import Final
+from typing import ClassVar, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -141,6 +141,7 @@ class Entropy(Histogram):
     """
 
     MAGNITUDES: Final = 2048
+    SYMMETRIC: ClassVar[bool] = False
 
     def range(self, bits: int, low: int, high: int, affine: bool) -> tuple[float, float]:
         counts = self.magnitudes(self.MAGNITUDES)
@@ -151,18 +152,24 @@ class Entropy(Histogram):
             return 0.0, 0.0
         used = int(np.flatnonzero(counts)[-1]) + 1
         start = min(used, max(levels, 128 if bits == 8 else 16))
-        divergences = [kl_divergence(counts, i, levels) for i in range(start, used + 1)]
+        divergences = [kl_divergence(counts, i, levels, self.SYMMETRIC) for i in range(start, used + 1)]
         best = start + len(divergences) - 1 - int(np.argmin(divergences[::-1]))
         threshold = best * self.width * self.BINS / self.MAGNITUDES
         return (-threshold if low < 0 else 0.0), threshold
 
 
-def kl_divergence(counts: FloatArray, size: int, levels: int) -> float:
+class SymmetricEntropy(Entropy):
+    """As :class:`Entropy`, with Jeffreys' divergence: that of P from Q and that of Q from P, added (TQT)."""
+
+    SYMMETRIC = True
+
+
+def kl_divergence(counts: FloatArray, size: int, levels: int, symmetric: bool = False) -> float:
     """Divergence between a histogram clipped to its first ``size`` bins and the same in ``levels`` levels.
 
     P: the bins, what is clipped added to the last. Q: the bins without it, split into ``levels`` groups as equal as
     they can be, each group's sum spread evenly over its bins that are not empty. ``sum(P * log(P / Q))`` of the
-    normalized two, with 1e-30 for a Q that is 0 where P is not.
+    normalized two, with 1e-30 for a Q that is 0 where P is not; ``symmetric`` adds ``sum(Q * log(Q / P))``.
     """
     kept = counts[:size]
     p = kept.copy()
@@ -176,7 +183,7 @@ def kl_divergence(counts: FloatArray, size: int, levels: int) -> float:
         return math.inf
     present = p > 0
     p, q = p[present] / total_p, np.maximum(q[present] / total_q, 1e-30)
-    return float((p * np.log(p / q)).sum())
+    return float(((p - q if symmetric else p) * np.log(p / q)).sum())
 
 
 class SquaredError(Histogram):
@@ -227,6 +234,7 @@ CALIBRATIONS: Final[dict[str, Callable[[], Calibrator]]] = {
     "mean_range": MeanRange,
     "percentile": Percentile,
     "entropy": Entropy,
+    "symmetric_entropy": SymmetricEntropy,
     "mse": SquaredError,
 }
 """Calibrators by name."""

@@ -85,7 +85,10 @@ class QConfig:
         2, 3, 4 or 8: stored tensors that only sums read, such as the convolution on a downsampling shortcut. 8 costs
         memory traffic, but no multiplications.
     output_bits : int
-        What last layers give the host: 32 for sums as they are, with a scale per channel, or 8 for codes.
+        What last layers give the host: 32 for sums as they are, with a scale per channel, or 2, 3, 4 or 8 for codes.
+    bias_bits : int, optional
+        8 for biases of 8 bits: the integer bias of every channel is one of -128..127, times ``2**k`` with one
+        ``k >= 0`` for each layer. By default biases have the 32 bits of the sums.
     weight_range : {"narrow", "full"}
         4-bit weights in -7..7, or in -8..7, which not every core runs in one pass. 2 and 3 bits are always full.
     granularity : {"channel", "tensor"}
@@ -95,12 +98,17 @@ class QConfig:
         become 0 everywhere.
     scale_kind : {"free", "power_of_two"}
         Whether all steps but the input's are powers of two, which makes multipliers powers of two too.
+    input_scale_kind : {"free", "power_of_two"}
+        Whether the step of the network's input is the power of two nearest to that of the range: of a range of (0, 1)
+        and 8 bits 1/256, so that 255/256 and more saturate.
     calibration : str
         Where activations' grids start: a name in :data:`nibblecore.qat.calibration.CALIBRATIONS`, or "method" for what
         the method's authors do.
-    batch_norm : {"folded", "unfolded"}
-        Whether batch norms go into the weights when the model is prepared, with the statistics that they have, or stay
-        and train; then they go into multipliers and biases of the integers.
+    batch_norm : {"folded", "folded_train", "unfolded"}
+        Whether batch norms go into the weights when the model is prepared, with the statistics that they have; or into
+        the weights before these are quantized, in each step of training with the statistics of its batch; or stay
+        behind the quantized weights, and go into multipliers and biases of the integers. The last two train, until
+        :func:`nibblecore.qat.freeze_batch_norm`.
     options : tuple of MethodOptions
         Options of methods, at most one item for each, as ``(LsqOptions(grad_scale=False),)``.
     overrides : tuple[Override, ...]
@@ -113,13 +121,15 @@ class QConfig:
     first_last_bits: int = 8
     residual_bits: int = 8
     shortcut_bits: int = 8
-    output_bits: Literal[8, 32] = 32
+    output_bits: Literal[2, 3, 4, 8, 32] = 32
+    bias_bits: Literal[8] | None = None
     weight_range: Literal["narrow", "full"] = "narrow"
     granularity: Literal["channel", "tensor"] = "channel"
     signed: bool | None = None
     scale_kind: Literal["free", "power_of_two"] = "free"
+    input_scale_kind: Literal["free", "power_of_two"] = "free"
     calibration: str = "method"
-    batch_norm: Literal["folded", "unfolded"] = "folded"
+    batch_norm: Literal["folded", "folded_train", "unfolded"] = "folded"
     options: tuple[MethodOptions, ...] = ()
     overrides: tuple[Override, ...] = ()
 
@@ -127,12 +137,16 @@ class QConfig:
         for name in ("weight_bits", "act_bits", "first_last_bits", "residual_bits", "shortcut_bits"):
             if getattr(self, name) not in BITS:
                 raise ValueError(f"{name} must be {_BITS_TEXT}, not {getattr(self, name)!r}")
-        if self.output_bits not in (8, 32):
-            raise ValueError(f"output_bits must be 8 or 32, not {self.output_bits!r}")
+        if self.output_bits not in (*BITS, 32):
+            raise ValueError(f"output_bits must be 2, 3, 4, 8 or 32, not {self.output_bits!r}")
+        if self.bias_bits not in (None, 8):
+            raise ValueError(f"bias_bits must be 8 or None, not {self.bias_bits!r}")
+        if self.input_scale_kind not in _CHOICES["scale_kind"]:
+            raise ValueError(f"input_scale_kind must be 'free' or 'power_of_two', not {self.input_scale_kind!r}")
         _check_choices(self, "")
         _check_calibration(self.calibration, "")
-        if self.batch_norm not in ("folded", "unfolded"):
-            raise ValueError(f"batch_norm must be 'folded' or 'unfolded', not {self.batch_norm!r}")
+        if self.batch_norm not in ("folded", "folded_train", "unfolded"):
+            raise ValueError(f"batch_norm must be 'folded', 'folded_train' or 'unfolded', not {self.batch_norm!r}")
         if not isinstance(self.options, tuple) or not all(isinstance(o, MethodOptions) for o in self.options):
             raise TypeError(f"options must be a tuple of MethodOptions, not {self.options!r}")
         if len({o.method for o in self.options}) < len(self.options):

@@ -120,6 +120,8 @@ class _Converter:
         unit: npt.NDArray[np.float64] = module.unit(x.scale).cpu().numpy()
         real = module.real_bias()
         real_bias = np.zeros_like(unit) if real is None else real.detach().cpu().numpy()
+        if module.bias_bits is not None:
+            real_bias = np.where(unit == 0, real_bias, module.int_bias(x.scale).cpu().numpy() * unit)
         if module.output_quantizer is None:
             steps = np.where(unit == 0, x.scale * scale, np.abs(unit))
             y = ir.TensorType(self._shape(path), 32, tuple(steps.tolist()), 0)

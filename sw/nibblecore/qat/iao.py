@@ -24,15 +24,21 @@ class IaoOptions(MethodOptions):
         Of the moving averages of activations' ranges, 0 <= decay < 1; they move in training mode only.
     delay : int
         Batches of training for which activations are not quantized, while their ranges settle.
+    quantile : float
+        What the averages follow: the quantiles ``1 - quantile`` and ``quantile`` of each batch, with 1 its smallest and
+        largest value; 0.5 < quantile <= 1.
     """
 
     method: ClassVar[str] = "iao"
     decay: float = 0.99
     delay: int = 0
+    quantile: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay of IaoOptions must be at least 0 and less than 1, not {self.decay!r}")
+        if not 0.5 < self.quantile <= 1:
+            raise ValueError(f"quantile of IaoOptions must be above 0.5 and at most 1, not {self.quantile!r}")
         if not isinstance(self.delay, int) or self.delay < 0:
             raise ValueError(f"delay of IaoOptions must be an integer of at least 0, not {self.delay!r}")
 
@@ -132,10 +138,20 @@ class IaoActivations(ActQuantizer):
     def set_range(self, low: float, high: float) -> None:
         self.range.copy_(torch.tensor([min(low, 0.0), max(high, 0.0)]))
 
+    def _ends(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What the moving averages take in."""
+        if self.options.quantile == 1:
+            low, high = values.aminmax()
+            return low, high
+        flat = values.flatten()
+        # How many values may be beyond either end.
+        beyond = math.floor((1 - self.options.quantile) * len(flat))
+        return flat.kthvalue(beyond + 1).values, flat.kthvalue(len(flat) - beyond).values
+
     def fake_quantize(self, x: Tensor) -> Tensor:
         if self.training:
             values = x.detach().relu() if self.rectified else x.detach()
-            now = torch.stack(values.aminmax()).to(self.range)
+            now = torch.stack(self._ends(values)).to(self.range)
             zero = torch.zeros_like(now[0])
             now = torch.stack((now[0].minimum(zero), now[1].maximum(zero)))
             self.range.mul_(self.options.decay).add_(now, alpha=1 - self.options.decay)

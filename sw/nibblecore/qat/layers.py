@@ -6,7 +6,7 @@ requantization multipliers and the factors of sums are rounded here as they are 
 moves fewer than one code in 10**5 to its neighbour, where ``x/step`` is next to a tie.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,11 @@ class QuantLayer(nn.Module):
     ``norm`` in training mode normalizes with each batch. Otherwise it is, together with ``correction``, an affine map
     per channel, which the integers have in their requantization: multipliers then have the sign of the map.
 
+    With ``fold``, the factor of ``norm``, ``gamma / sqrt(var + eps)``, is multiplied into the weights before these are
+    quantized (Jacob et al., CVPR 2018, figure C.8). In training mode ``var`` and ``mean`` are those of the batch, of
+    the layer's results with weights that are not quantized, and gradients flow through them as through a batch norm;
+    running statistics follow with the momentum of ``norm``. Otherwise they are the running ones.
+
     Parameters
     ----------
     op : FloatConv
@@ -71,6 +76,13 @@ class QuantLayer(nn.Module):
     output : ActQuantizer or None
         None: the layer gives ``acc + bias`` to the host.
     """
+
+    fold = False
+    """Whether ``norm`` goes into the weights before they are quantized."""
+    bias_bits: int | None = None
+    """8: the integer bias of each channel is one of -128..127 times a power of two that the layer shares."""
+    frozen_norm = False
+    """Whether ``norm`` keeps its running statistics in training mode too, and uses them."""
 
     def __init__(self, op: FloatConv, weights: WeightQuantizer, output: ActQuantizer | None) -> None:
         super().__init__()
@@ -81,13 +93,38 @@ class QuantLayer(nn.Module):
         self.norm = None if op.norm is None else _batch_norm(op.norm, len(op.weight), op.weight.ndim == 4)
         self.correction: Correction | None = None
 
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.norm is not None and self.frozen_norm:
+            self.norm.eval()
+        return self
+
+    def latent(self) -> Tensor:
+        """What is quantized: ``weight``, with the factor of a folded ``norm`` in it."""
+        if self.norm is None or not self.fold:
+            return self.weight
+        return self.weight * self._per_channel(self._norm_affine()[0])
+
     def scale(self) -> Tensor:
         """Step of the weights per output channel, shape ``(out,)``."""
-        return self.weight_quantizer.scale(self.weight)
+        return self.weight_quantizer.scale(self.latent())
 
     def int_weight(self) -> Tensor:
         """What the weight buffer gets, int64, of the shape of ``weight``: nibbles or the 225 codes of 8 bits."""
-        return self.weight_quantizer.codes(self.weight)
+        return self.weight_quantizer.codes(self.latent())
+
+    def _per_channel(self, values: Tensor) -> Tensor:
+        """One value per output channel in the shape and type that multiply ``weight``."""
+        return values.to(self.weight.dtype).reshape(-1, *[1] * (self.weight.ndim - 1))
+
+    def _norm_affine(self) -> tuple[Tensor, Tensor]:
+        """``(factor, offset)`` of ``norm`` with its running statistics, float64."""
+        assert self.norm is not None
+        mean, var = self.norm.running_mean, self.norm.running_var
+        assert mean is not None
+        assert var is not None
+        factor = (var.double() + self.norm.eps).rsqrt() * self.norm.weight.double()
+        return factor, self.norm.bias.double() - mean.double() * factor
 
     def affine(self) -> tuple[Tensor, Tensor] | None:
         """``(factor, offset)`` per channel, float64, of frozen norm and correction; None where there is neither."""
@@ -96,11 +133,7 @@ class QuantLayer(nn.Module):
         factor = torch.ones(len(self.weight), dtype=torch.float64, device=self.weight.device)
         offset = torch.zeros_like(factor)
         if self.norm is not None:
-            mean, var = self.norm.running_mean, self.norm.running_var
-            assert mean is not None
-            assert var is not None
-            factor = (var.double() + self.norm.eps).rsqrt() * self.norm.weight.double()
-            offset = self.norm.bias.double() - mean.double() * factor
+            factor, offset = self._norm_affine()
         if self.correction is not None:
             offset = factor * self.correction.beta.double() + offset
             factor = factor * self.correction.gamma.double()
@@ -109,8 +142,15 @@ class QuantLayer(nn.Module):
     def unit(self, input_step: Tensor | float) -> Tensor:
         """What a product of codes stands for behind norm and correction, signed: float64, shape ``(out,)``."""
         unit = input_step * self.scale().detach().double()
-        affine = self.affine()
-        return unit if affine is None else unit * affine[0].detach()
+        factor = self._factor()
+        return unit if factor is None else unit * factor.detach()
+
+    def _factor(self) -> Tensor | None:
+        """What a product of *quantized* weights is multiplied by behind it: :meth:`affine` without a folded norm."""
+        if self.norm is None or not self.fold:
+            affine = self.affine()
+            return None if affine is None else affine[0]
+        return None if self.correction is None else self.correction.gamma.double()
 
     def real_bias(self) -> Tensor | None:
         """The bias behind norm and correction, float64, shape ``(out,)``; differentiable."""
@@ -127,17 +167,25 @@ class QuantLayer(nn.Module):
         """
         unit = self.unit(input_step)
         bias = self.real_bias()
-        if bias is None:
-            return torch.zeros_like(unit)
-        return torch.where(unit == 0, 0.0, torch.floor(bias.detach() / torch.where(unit == 0, 1.0, unit) + 0.5))
+        return torch.zeros_like(unit) if bias is None else self._bias_codes(bias.detach(), unit)
+
+    def _bias_codes(self, bias: Tensor, unit: Tensor) -> Tensor:
+        """``bias / unit`` as the integers that ``bias_bits`` allows, in float64; 0 where the unit is 0."""
+        ratio = torch.where(unit == 0, 0.0, bias / torch.where(unit == 0, 1.0, unit))
+        if self.bias_bits is None:
+            return torch.floor(ratio + 0.5)
+        low, high = numerics.code_range(self.bias_bits)
+        # The smallest grid on which no bias reaches high + 1/2.
+        exponent = torch.frexp(ratio.abs().max() / (high + 0.5)).exponent.clamp_min(0)
+        step = torch.ldexp(torch.ones_like(ratio), exponent)
+        return torch.floor(ratio / step + 0.5).clamp(low, high) * step
 
     def _parameters_for(self, input_step: Tensor | float | None) -> tuple[Tensor, Tensor | None]:
         """Weight and bias as the chip has them, multipliers included; the bias with a straight-through gradient."""
-        affine, bias = self.affine(), self.real_bias()
-        shape = (-1, *[1] * (self.weight.ndim - 1))
+        behind, bias, latent = self._factor(), self.real_bias(), self.latent()
         dtype = self.weight.dtype
         if input_step is None:
-            weight = self.weight if affine is None else self.weight * affine[0].to(dtype).reshape(shape)
+            weight = latent if behind is None else latent * self._per_channel(behind)
             return weight, None if bias is None else bias.to(dtype)
         unit = self.unit(input_step)
         factor = torch.ones_like(unit)
@@ -145,8 +193,8 @@ class QuantLayer(nn.Module):
             ratio = (unit / self.output_quantizer.scale().detach().double()).abs()
             ratio = torch.where(ratio == 0, 1.0, ratio)
             factor = round_ratio(ratio) / ratio
-        channel = factor if affine is None else factor * affine[0]
-        weight = self.weight_quantizer(self.weight) * channel.to(dtype).reshape(shape)
+        channel = factor if behind is None else factor * behind
+        weight = self.weight_quantizer(latent) * self._per_channel(channel)
         if bias is None:
             return weight, None
         # A channel whose unit is 0 is a constant.
@@ -156,8 +204,46 @@ class QuantLayer(nn.Module):
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
 
+    def _folded_with_batch(self, x: Grid) -> Tensor:
+        """The result with ``norm`` folded into the weights with the statistics of this batch, which it takes in."""
+        assert self.norm is not None
+        h = self._product(x.x, self.weight, self.bias)
+        bias: Tensor | None = self.bias
+        gain = None if self.correction is None else self.correction.gamma
+        if self.correction is not None:
+            shape = (-1, *[1] * (self.weight.ndim - 2))
+            h = h * self.correction.gamma.reshape(shape) + self.correction.beta.reshape(shape)
+            bias = self.correction.beta if bias is None else bias * self.correction.gamma + self.correction.beta
+        dims = (0, *range(2, h.ndim))
+        var, mean = torch.var_mean(h, dims, correction=0)
+        with torch.no_grad():
+            running_mean, running_var = self.norm.running_mean, self.norm.running_var
+            assert running_mean is not None
+            assert running_var is not None
+            assert self.norm.num_batches_tracked is not None
+            assert self.norm.momentum is not None
+            count = h.numel() // len(mean)
+            self.norm.num_batches_tracked += 1
+            running_mean.lerp_(mean, self.norm.momentum)
+            running_var.lerp_(var * (count / max(1, count - 1)), self.norm.momentum)
+        factor = (var + self.norm.eps).rsqrt() * self.norm.weight
+        weight = self.weight * self._per_channel(factor)
+        offset = self.norm.bias - mean * factor
+        offset = offset if bias is None else offset + factor * bias
+        if x.step is not None and self.bias_bits is not None:
+            unit = x.step * self.weight_quantizer.scale(weight).detach().double()
+            unit = unit if gain is None else unit * gain.detach()
+            rounded = self._bias_codes(offset.detach().double(), unit) * unit
+            rounded = torch.where(unit == 0, offset.detach(), rounded.to(offset.dtype))
+            offset = offset + (rounded - offset).detach()
+        weight = weight if x.step is None else self.weight_quantizer(weight)
+        return self._product(x.x, weight if gain is None else weight * self._per_channel(gain), offset)
+
     def forward(self, x: Grid) -> Grid:
-        if self.norm is not None and self.norm.training:
+        if self.norm is not None and self.norm.training and self.fold:
+            # The integers have other statistics, and so another bias: neither it nor multipliers are rounded here.
+            y = self._folded_with_batch(x)
+        elif self.norm is not None and self.norm.training:
             # Statistics of the batch: the integers have others, so that multipliers are not rounded here.
             weight = self.weight if x.step is None else self.weight_quantizer(self.weight)
             y = self._product(x.x, weight, self.bias)

@@ -5,6 +5,7 @@ The paper's offset beta is a real number, and real 0 then has no code: zero padd
 ``x_hat = step * (q - z)`` with ``z`` the nearest integer to a learned ``zeta``, through which gradients pass straight.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from .calibration import affine_grid
 from .lsq import Lsq, LsqActivations, LsqOptions, LsqWeights
-from .methods import METHODS, Method
+from .methods import METHODS, Method, check_choice
 
 
 class LsqPlus(torch.autograd.Function):
@@ -48,10 +49,24 @@ class LsqPlus(torch.autograd.Function):
         return grad * inside, grad_step, grad_zeta, None, None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LsqPlusOptions(LsqOptions):
-    """The options of LSQ, for LSQ+."""
+    """The options of LSQ, for LSQ+, and the paper's configurations.
+
+    Parameters
+    ----------
+    offset : bool
+        Whether tensors with negative values have a zero point: the paper's configurations 3 and 4, which are the same
+        one where the zero point is an integer. Without, they have signed codes (configuration 2) or, with
+        ``QConfig(signed=False)``, unsigned ones, and negative values become 0 (configuration 1).
+    """
 
     method = "lsq+"
+    offset: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self, "offset", (True, False))
 
 
 class LsqPlusWeights(LsqWeights):
@@ -79,7 +94,7 @@ class LsqPlusActivations(LsqActivations):
 
     @property
     def affine(self) -> bool:
-        return not self.rectified
+        return not self.rectified and getattr(self.options, "offset", True)
 
     def zero_point(self) -> int:
         """Unsigned code of real zero, 0 .. ``2**bits - 1``."""

@@ -142,6 +142,8 @@ def prepare(
 
     widths = _Widths(graph, qconfig)
     graph = dataclasses.replace(graph, ops=tuple(map(widths.fused_first, graph.ops)))
+    if qconfig.input_scale_kind == "power_of_two":
+        low, high = _power_of_two_range(low, high, widths.input_bits)
     source = InputQuantizer(low, high, widths.input_bits)
     modules: dict[str, nn.Module] = {graph.input: source}
     positive = {graph.input: source.unsigned}
@@ -153,8 +155,19 @@ def prepare(
         if not isinstance(op, (FloatMaxPool, FloatFlatten)) and (bits := widths.act_bits(op)) != RAW:
             output = _activations(op, bits, positive[op.path], qconfig)
             positive[op.path] = output.rectified
-        modules[op.path] = build(op, weights, output)
+        module = modules[op.path] = build(op, weights, output)
+        if isinstance(module, QuantLayer):
+            module.fold = qconfig.batch_norm == "folded_train"
+            module.bias_bits = qconfig.bias_bits
     return QuantModel(graph, qconfig, modules)
+
+
+def _power_of_two_range(low: float, high: float, bits: int) -> tuple[float, float]:
+    """The range whose step is the power of two nearest, in log2, to that of ``low..high``, with the same zero point."""
+    free = InputQuantizer(low, high, bits)
+    step = 2.0 ** round(math.log2(free.step()))
+    zero = free.zero + (1 << bits - 1)
+    return -step * zero, step * ((1 << bits) - 1 - zero)
 
 
 def _method(path: str, qconfig: QConfig) -> tuple[Method, dict[str, Any]]:
@@ -169,8 +182,12 @@ def _method(path: str, qconfig: QConfig) -> tuple[Method, dict[str, Any]]:
 
 def _weights(op: FloatConv, bits: int, qconfig: QConfig) -> WeightQuantizer:
     chosen, arguments = _method(op.path, qconfig)
+    weight = op.weight
+    if qconfig.batch_norm == "folded_train" and (norm := op.norm) is not None:
+        factor = (norm.var.double() + norm.eps).rsqrt() * (1.0 if norm.weight is None else norm.weight.double())
+        weight = weight * factor.to(weight.dtype).reshape(-1, *[1] * (weight.ndim - 1))
     result: WeightQuantizer = chosen.weights(
-        op.weight,
+        weight,
         bits,
         per_channel=qconfig.setting(op.path, "granularity") == "channel",
         full_range=qconfig.setting(op.path, "weight_range") == "full",
@@ -364,13 +381,32 @@ def add_correction(model: QuantModel) -> list[nn.Parameter]:
     return parameters
 
 
+def freeze_batch_norm(model: QuantModel) -> None:
+    """Let batch norms keep their running statistics, and use them, in training mode too.
+
+    What trains from now on computes exactly what the integers do; factors and offsets still learn. This is a property
+    of the modules that copies keep and a ``state_dict`` does not: call it again after loading one into a new model.
+
+    Raises
+    ------
+    ValueError
+        A model without batch norms.
+    """
+    layers = [m for m in model.modules() if isinstance(m, QuantLayer) and m.norm is not None]
+    if not layers:
+        raise ValueError("the model has no batch norms; prepare it with batch_norm='unfolded' or 'folded_train'")
+    for layer in layers:
+        layer.frozen_norm = True
+        layer.train(layer.training)
+
+
 def reestimate_batch_norm(model: QuantModel, loader: Iterable[Any], batches: int = 50) -> None:
     """Replace the statistics of batch norms by the mean over batches of theirs, as weights have moved since.
 
     Parameters
     ----------
     model : QuantModel
-        Calibrated, prepared with ``batch_norm="unfolded"``.
+        Calibrated, prepared with ``batch_norm="unfolded"`` or "folded_train".
     loader : iterable
         As for :func:`calibrate`.
     batches : int
@@ -386,7 +422,7 @@ def reestimate_batch_norm(model: QuantModel, loader: Iterable[Any], batches: int
     norms = [m.norm for m in model.modules() if isinstance(m, QuantLayer) and m.norm is not None]
     statistics = [(cast(Tensor, n.running_mean), cast(Tensor, n.running_var)) for n in norms]
     if not norms:
-        raise ValueError("the model has no batch norms; prepare it with batch_norm='unfolded'")
+        raise ValueError("the model has no batch norms; prepare it with batch_norm='unfolded' or 'folded_train'")
     device = next(model.parameters()).device
     modes, momenta = {m: m.training for m in model.modules()}, [norm.momentum for norm in norms]
     sums = [(torch.zeros_like(mean), torch.zeros_like(var)) for mean, var in statistics]
@@ -415,4 +451,12 @@ def reestimate_batch_norm(model: QuantModel, loader: Iterable[Any], batches: int
             module.training = mode
 
 
-__all__ = ["QuantModel", "add_correction", "calibrate", "parameter_groups", "prepare", "reestimate_batch_norm"]
+__all__ = [
+    "QuantModel",
+    "add_correction",
+    "calibrate",
+    "freeze_batch_norm",
+    "parameter_groups",
+    "prepare",
+    "reestimate_batch_norm",
+]

@@ -4,15 +4,34 @@
 gradients straight through, so that ``d v_hat / d log2 t = step * ln 2 * (code - v/step inside, code elsewhere)``.
 """
 
+import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .lsq import Lsq, quantize
-from .methods import METHODS, ActQuantizer, Method, WeightQuantizer
+from .methods import METHODS, ActQuantizer, Method, MethodOptions, WeightQuantizer, check_choice
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TqtOptions(MethodOptions):
+    """Options of TQT.
+
+    Parameters
+    ----------
+    weight_threshold : {"max", "3std"}
+        The first thresholds of weights: their largest magnitude, or three standard deviations, which the paper takes
+        where the weights train too.
+    """
+
+    method: ClassVar[str] = "tqt"
+    weight_threshold: str = "max"
+
+    def __post_init__(self) -> None:
+        check_choice(self, "weight_threshold", ("max", "3std"))
 
 
 class ThresholdStep(torch.autograd.Function):
@@ -34,14 +53,17 @@ class ThresholdStep(torch.autograd.Function):
 
 
 class TqtWeights(WeightQuantizer):
-    """Weights with learned thresholds, at first the largest magnitude. The paper has one per layer.
+    """Weights with learned thresholds, at first as :class:`TqtOptions` has it. The paper has one per layer.
 
     The codes are those of every method here, so that code ``-2**(bits-1)`` is left out where they are narrow.
     """
 
-    def __init__(self, weight: Tensor, bits: int, **grid: Any) -> None:
+    def __init__(self, weight: Tensor, bits: int, *, options: TqtOptions | None = None, **grid: Any) -> None:
         super().__init__(weight, bits, **grid)
-        largest = self.groups(weight.detach()).abs().amax(1)
+        groups = self.groups(weight.detach())
+        largest = groups.abs().amax(1)
+        if options is not None and options.weight_threshold == "3std":
+            largest = largest.minimum(3 * groups.std(1, correction=0))
         usual = largest[largest > 0].mean() if bool((largest > 0).any()) else torch.ones_like(largest[0])
         self.log2_t = nn.Parameter(torch.where(largest > 0, largest, usual).log2())
 
@@ -61,9 +83,11 @@ class TqtWeights(WeightQuantizer):
 class TqtActivations(ActQuantizer):
     """Activations with one learned threshold; nan until calibrated."""
 
-    own_calibration = "entropy"
+    own_calibration = "symmetric_entropy"
 
-    def __init__(self, bits: int, unsigned: bool, features: int, **grid: Any) -> None:
+    def __init__(
+        self, bits: int, unsigned: bool, features: int, *, options: TqtOptions | None = None, **grid: Any
+    ) -> None:
         super().__init__(bits, unsigned, features, **grid)
         self.log2_t = nn.Parameter(torch.tensor(math.nan))
 
@@ -80,4 +104,4 @@ class TqtActivations(ActQuantizer):
         return result
 
 
-METHODS["tqt"] = Method(weights=TqtWeights, activations=TqtActivations)
+METHODS["tqt"] = Method(weights=TqtWeights, activations=TqtActivations, options=TqtOptions)
