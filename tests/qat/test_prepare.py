@@ -150,8 +150,7 @@ def test_float_pass_equals_the_folded_float_model() -> None:
     # While calibration observes, nothing is quantized: what differs from the user's model is the folding only.
     model = resnet().eval()
     quantized = prepare(model, QConfig(), EXAMPLE)
-    for quantizer in quantized._quantizers().values():
-        quantizer.observing = True
+    quantized.disable_fake_quant()
     x = torch.rand(4, 1, 8, 8)
     with torch.no_grad():
         torch.testing.assert_close(quantized._execute(x)["classifier"].x, model(x), rtol=1e-4, atol=1e-5)
@@ -274,7 +273,7 @@ def test_calibration_errors(fresh: QuantModel) -> None:
         calibrate(model, [])
     with pytest.raises(TrainingError, match=r"^Calibration batch 1 makes values at x that are not finite\.$"):
         calibrate(model, [torch.rand(1, 1, 8, 8), torch.full((1, 1, 8, 8), math.inf)])
-    assert not any(q.observing for q in model._quantizers().values())
+    assert not any(q.observer_enabled or q.calibrator for q in model._quantizers().values())
 
 
 @pytest.mark.parametrize(
@@ -324,8 +323,7 @@ def test_uneven_padding_equals_torch() -> None:
     conv = model.get_submodule("0")
     assert isinstance(conv, QuantConv2d)
     assert conv.padding == (0, 1, 1, 2)
-    for quantizer in model._quantizers().values():
-        quantizer.observing = True
+    model.disable_fake_quant()
     x = torch.rand(2, 1, 8, 8)
     with torch.no_grad():
         expected = F.conv2d(F.pad(x, (1, 2, 0, 1)), net[0].weight, net[0].bias)

@@ -35,6 +35,14 @@ from .regularization import (
     cosine_ramp,
     dampening,
 )
+from .toggles import (
+    disable_fake_quant,
+    disable_observer,
+    enable_fake_quant,
+    enable_observer,
+    fake_quant_disabled,
+    observer_disabled,
+)
 
 __all__ = [
     "METHODS",
@@ -60,13 +68,19 @@ __all__ = [
     "convert",
     "cosine_ramp",
     "dampening",
+    "disable_fake_quant",
+    "disable_observer",
     "dorefa",
+    "enable_fake_quant",
+    "enable_observer",
+    "fake_quant_disabled",
     "freeze_batch_norm",
     "iao",
     "load_checkpoint",
     "load_model",
     "lsq",
     "lsq_plus",
+    "observer_disabled",
     "pact",
     "parameter_groups",
     "prepare",

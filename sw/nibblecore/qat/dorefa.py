@@ -76,7 +76,7 @@ class DorefaWeights(WeightQuantizer):
         with torch.no_grad():
             return self._codes(weight).long()
 
-    def forward(self, weight: Tensor) -> Tensor:
+    def fake_quantize(self, weight: Tensor) -> Tensor:
         return self._codes(weight) * self.scale_like(weight)
 
     def refusal(self) -> str | None:

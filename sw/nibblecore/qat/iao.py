@@ -77,7 +77,7 @@ class MinMaxWeights(WeightQuantizer):
         with torch.no_grad():
             return quantize(weight / self.scale_like(weight), self.low, self.high, self.kind).long()
 
-    def forward(self, weight: Tensor) -> Tensor:
+    def fake_quantize(self, weight: Tensor) -> Tensor:
         scale = self.scale_like(weight)
         u = weight.detach() / scale
         inside = (u >= self.low) & (u <= self.high)
@@ -89,12 +89,14 @@ class IaoActivations(ActQuantizer):
     """Activations whose range is a moving average of the batches', with an integer zero point where it is needed.
 
     ``range`` holds the smallest and largest value, ``seen`` the batches of training. Values outside are clipped, and
-    their gradients are 0.
+    their gradients are 0. The range moves in training mode, while the observer is on, as it is from the start; in
+    evaluation mode the observer calibrates, and only where fake quantization is off.
     """
 
     range: Tensor
     seen: Tensor
     own_calibration = "minmax"
+    observes = True
 
     def __init__(
         self, bits: int, unsigned: bool, features: int, *, options: IaoOptions | None = None, **grid: Any
@@ -148,16 +150,22 @@ class IaoActivations(ActQuantizer):
         beyond = math.floor((1 - self.options.quantile) * len(flat))
         return flat.kthvalue(beyond + 1).values, flat.kthvalue(len(flat) - beyond).values
 
+    def follow(self, x: Tensor) -> None:
+        if not self.training:
+            if not self.fake_quant_enabled:
+                self.observe(x)
+            return
+        zero = x.new_zeros(())
+        low, high = self._ends(x)
+        now = torch.stack((low.minimum(zero), high.maximum(zero))).to(self.range)
+        moved = self.range.lerp(now, 1 - self.options.decay)
+        # Without calibration, the first batch sets the range.
+        self.range.copy_(torch.where(self.range.isnan(), now, moved))
+        self.seen += 1
+
     def fake_quantize(self, x: Tensor) -> Tensor:
-        if self.training:
-            values = x.detach().relu() if self.rectified else x.detach()
-            now = torch.stack(self._ends(values)).to(self.range)
-            zero = torch.zeros_like(now[0])
-            now = torch.stack((now[0].minimum(zero), now[1].maximum(zero)))
-            self.range.mul_(self.options.decay).add_(now, alpha=1 - self.options.decay)
-            self.seen += 1
-            if int(self.seen) <= self.options.delay:
-                return x.relu() if self.rectified else x
+        if self.training and int(self.seen) <= self.options.delay:
+            return x.relu() if self.rectified else x
         scale, low, high = self.scale(), self.low, self.high
         u = x.detach() / scale
         inside = (u >= low) & (u <= high)

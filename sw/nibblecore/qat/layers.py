@@ -20,7 +20,7 @@ from .methods import ActQuantizer, WeightQuantizer
 class Grid(NamedTuple):
     """A tensor of real numbers and the step of the grid that they lie on, a number or a tensor of shape ``()``.
 
-    ``step`` is None while calibration observes unquantized values.
+    ``step`` is None where the tensor is not quantized: during calibration, or switched off.
     """
 
     x: Tensor
@@ -39,7 +39,7 @@ def round_ratio(ratio: Tensor) -> Tensor:
 
 def _quantize(quantizer: ActQuantizer, x: Tensor) -> Grid:
     result = quantizer(x)
-    return Grid(result, None if quantizer.observing else quantizer.scale().detach())
+    return Grid(result, quantizer.scale().detach() if quantizer.fake_quant_enabled else None)
 
 
 class Correction(nn.Module):
@@ -184,12 +184,14 @@ class QuantLayer(nn.Module):
         """Weight and bias as the chip has them, multipliers included; the bias with a straight-through gradient."""
         behind, bias, latent = self._factor(), self.real_bias(), self.latent()
         dtype = self.weight.dtype
-        if input_step is None:
-            weight = latent if behind is None else latent * self._per_channel(behind)
+        if input_step is None or not self.weight_quantizer.fake_quant_enabled:
+            # There is no unit without both steps, and nothing but the weights is rounded.
+            weight = self.weight_quantizer(latent)
+            weight = weight if behind is None else weight * self._per_channel(behind)
             return weight, None if bias is None else bias.to(dtype)
         unit = self.unit(input_step)
         factor = torch.ones_like(unit)
-        if self.output_quantizer is not None:
+        if self.output_quantizer is not None and self.output_quantizer.fake_quant_enabled:
             ratio = (unit / self.output_quantizer.scale().detach().double()).abs()
             ratio = torch.where(ratio == 0, 1.0, ratio)
             factor = round_ratio(ratio) / ratio
@@ -230,13 +232,13 @@ class QuantLayer(nn.Module):
         weight = self.weight * self._per_channel(factor)
         offset = self.norm.bias - mean * factor
         offset = offset if bias is None else offset + factor * bias
-        if x.step is not None and self.bias_bits is not None:
+        if x.step is not None and self.weight_quantizer.fake_quant_enabled and self.bias_bits is not None:
             unit = x.step * self.weight_quantizer.scale(weight).detach().double()
             unit = unit if gain is None else unit * gain.detach()
             rounded = self._bias_codes(offset.detach().double(), unit) * unit
             rounded = torch.where(unit == 0, offset.detach(), rounded.to(offset.dtype))
             offset = offset + (rounded - offset).detach()
-        weight = weight if x.step is None else self.weight_quantizer(weight)
+        weight = self.weight_quantizer(weight)
         return self._product(x.x, weight if gain is None else weight * self._per_channel(gain), offset)
 
     def forward(self, x: Grid) -> Grid:
@@ -245,8 +247,7 @@ class QuantLayer(nn.Module):
             y = self._folded_with_batch(x)
         elif self.norm is not None and self.norm.training:
             # Statistics of the batch: the integers have others, so that multipliers are not rounded here.
-            weight = self.weight if x.step is None else self.weight_quantizer(self.weight)
-            y = self._product(x.x, weight, self.bias)
+            y = self._product(x.x, self.weight_quantizer(self.weight), self.bias)
             if self.correction is not None:
                 shape = (-1, *[1] * (self.weight.ndim - 2))
                 y = y * self.correction.gamma.reshape(shape) + self.correction.beta.reshape(shape)
@@ -320,7 +321,7 @@ class QuantAdd(nn.Module):
         return numerics.add_factors(float(step_a), float(step_b), float(self.output_quantizer.scale().detach()))
 
     def forward(self, a: Grid, b: Grid) -> Grid:
-        if a.step is None or b.step is None:
+        if a.step is None or b.step is None or not self.output_quantizer.fake_quant_enabled:
             return _quantize(self.output_quantizer, a.x + b.x)
         k_a, k_b, n = self.factors(a.step, b.step)
         unit = float(self.output_quantizer.scale().detach()) / 2**n
@@ -337,7 +338,7 @@ class QuantAvgPool2d(nn.Module):
 
     def forward(self, x: Grid) -> Grid:
         mean = F.avg_pool2d(x.x, self.kernel, self.stride, self.padding)
-        if x.step is not None:
+        if x.step is not None and self.output_quantizer.fake_quant_enabled:
             scale = self.output_quantizer.scale().detach().double()
             ratio = x.step / (self.kernel[0] * self.kernel[1] * scale)
             mean = mean * (round_ratio(ratio) / ratio).to(mean.dtype)

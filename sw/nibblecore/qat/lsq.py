@@ -179,7 +179,7 @@ class LsqWeights(WeightQuantizer):
         with torch.no_grad():
             return quantize(weight / self.scale_like(weight), self.low, self.high, self.kind).long()
 
-    def forward(self, weight: Tensor) -> Tensor:
+    def fake_quantize(self, weight: Tensor) -> Tensor:
         scale = self.scale_like(weight)
         result: Tensor = Lsq.apply(weight, scale, self.low, self.high, self.grad_scale, self.kind)
         return result

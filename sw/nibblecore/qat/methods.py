@@ -87,6 +87,7 @@ class WeightQuantizer(nn.Module, abc.ABC):
         self.per_channel = per_channel
         self.power_of_two = power_of_two
         self.low, self.high = weight_range(bits, full_range)
+        self.fake_quant_enabled = True
 
     @property
     def limit(self) -> int:
@@ -124,8 +125,12 @@ class WeightQuantizer(nn.Module, abc.ABC):
         return None
 
     @abc.abstractmethod
-    def forward(self, weight: Tensor) -> Tensor:
+    def fake_quantize(self, weight: Tensor) -> Tensor:
         """``codes(weight) * scale(weight)``, differentiable."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """:meth:`fake_quantize`, or the weights as they are where that is switched off."""
+        return self.fake_quantize(weight) if self.fake_quant_enabled else weight
 
 
 class ActQuantizer(nn.Module, abc.ABC):
@@ -154,6 +159,8 @@ class ActQuantizer(nn.Module, abc.ABC):
 
     own_calibration: ClassVar[str] = "minmax"
     """What "method" means."""
+    observes: ClassVar[bool] = False
+    """Whether the observer is on from the start."""
 
     def __init__(
         self,
@@ -172,7 +179,8 @@ class ActQuantizer(nn.Module, abc.ABC):
         self.rectified = rectified or unsigned
         self.power_of_two = power_of_two
         self.calibration = self.own_calibration if calibration == "method" else calibration
-        self.observing = False
+        self.fake_quant_enabled = True
+        self.observer_enabled = self.observes
         self.calibrator: Calibrator | None = None
 
     @property
@@ -234,12 +242,27 @@ class ActQuantizer(nn.Module, abc.ABC):
     def fake_quantize(self, x: Tensor) -> Tensor:
         """``step * clamp(floor(x/step + 1/2))``, differentiable; ties round up as on the chip."""
 
+    def follow(self, x: Tensor) -> None:
+        """What an observer that is on does with a batch, without its gradient and behind the ReLU: calibration."""
+        self.observe(x)
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.observing:
-            x = x.relu() if self.rectified else x
-            self.observe(x.detach())
-            return x
-        return self.fake_quantize(x)
+        """:meth:`fake_quantize`, or nothing but the ReLU where that is switched off."""
+        if self.observer_enabled:
+            self.follow(x.detach().relu() if self.rectified else x.detach())
+        if self.fake_quant_enabled:
+            return self.fake_quantize(x)
+        return x.relu() if self.rectified else x
+
+    def enable_observer(self) -> None:
+        """Observe from now on."""
+        self.observer_enabled = True
+
+    def disable_observer(self) -> None:
+        """Observe no more, and set the grid from what calibration has observed, if it has."""
+        self.observer_enabled = False
+        if self.calibrator is not None:
+            self.finish()
 
     def is_calibrated(self) -> bool:
         return math.isfinite(float(self.scale().detach()))
@@ -290,6 +313,7 @@ class InputQuantizer(nn.Module):
     def __init__(self, low: float, high: float, bits: int) -> None:
         super().__init__()
         self.bits = bits
+        self.fake_quant_enabled = True
         self.register_buffer("range", torch.tensor([low, high], dtype=torch.float64))
 
     def step(self) -> float:
@@ -314,6 +338,9 @@ class InputQuantizer(nn.Module):
         return (torch.floor(x.double() / self.step() + 0.5) + self.zero).clamp(lowest, highest).long()
 
     def forward(self, x: Tensor) -> Tensor:
+        """The values of the codes, or ``x`` where fake quantization is switched off."""
+        if not self.fake_quant_enabled:
+            return x
         return ((self.codes(x) - self.zero) * self.step()).to(x.dtype)
 
     def extra_repr(self) -> str:

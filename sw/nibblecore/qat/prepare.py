@@ -27,6 +27,7 @@ from ..frontend.from_torch import (
 from .config import QConfig
 from .layers import Correction, Grid, QuantLayer, build
 from .methods import ActQuantizer, InputQuantizer, Method, WeightQuantizer, method
+from .toggles import switch, switched
 
 RAW: Final = 32
 
@@ -71,12 +72,43 @@ class QuantModel(nn.Module):
         self._check_ready()
         return replace_leaves(self._outputs, {name: grid.x for name, grid in self._execute(x).items()})
 
+    def enable_fake_quant(self, pattern: str = "*", *, weights: bool = True, activations: bool = True) -> None:
+        """Quantize the layers whose module paths match ``pattern`` (shell wildcards, as of an override).
+
+        ``weights``, ``activations``: which; a layer's activations are its output, and the network's input has the path
+        of its argument. Whether a tensor is quantized is a mode, like :attr:`training`: copies and pickles have it, a
+        ``state_dict`` does not. Raises :class:`ValueError` for a pattern without a quantizer.
+        """
+        self._calibrated = False
+        switch(self, pattern, fake_quant=True, weights=weights, activations=activations)
+
+    def disable_fake_quant(self, pattern: str = "*", *, weights: bool = True, activations: bool = True) -> None:
+        """The opposite of :meth:`enable_fake_quant`: what is switched off is float, ReLUs apart.
+
+        Multipliers and biases are rounded only where both weights and input of a layer are quantized.
+        """
+        switch(self, pattern, fake_quant=False, weights=weights, activations=activations)
+
+    def enable_observer(self, pattern: str = "*") -> None:
+        """Let activations' observers look at what passes through; weights need none.
+
+        Those of grids that are learned, as in LSQ, calibrate: they collect until :meth:`disable_observer` sets the
+        grid. Ranges that follow the values, as in IAO, move in training mode, and calibrate in evaluation mode where
+        fake quantization is off; their observers are on from the start. Raises :class:`ValueError` for a pattern
+        without an observer.
+        """
+        switch(self, pattern, observer=True)
+
+    def disable_observer(self, pattern: str = "*") -> None:
+        """Let observers look no more: grids are set from what was collected, and ranges stay."""
+        switch(self, pattern, observer=False)
+        self._calibrated = False
+
     def _execute(self, x: Tensor) -> dict[str, Grid]:
         """Every tensor by name."""
         source = self.get_submodule(self._input_name)
         assert isinstance(source, InputQuantizer)
-        observing = any(q.observing for q in self._quantizers().values())
-        values = {self._input_name: Grid(x, None) if observing else Grid(source(x), source.step())}
+        values = {self._input_name: Grid(source(x), source.step() if source.fake_quant_enabled else None)}
         for path, inputs in self._plan:
             values[path] = self.get_submodule(path)(*(values[name] for name in inputs))
         return values
@@ -89,7 +121,7 @@ class QuantModel(nn.Module):
         if self._calibrated:
             return
         quantizers = self._quantizers()
-        if missing := [name for name, q in quantizers.items() if not q.is_calibrated()]:
+        if missing := [n for n, q in quantizers.items() if q.fake_quant_enabled and not q.is_calibrated()]:
             raise TrainingError(
                 f"{len(missing)} of {len(quantizers)} activation steps are nan, the first at {missing[0]}: they were "
                 "never calibrated, or training has lost them.",
@@ -286,18 +318,21 @@ class _Widths:
 
 
 @contextmanager
-def _observing(model: QuantModel) -> Iterator[list[ActQuantizer]]:
-    quantizers = list(model._quantizers().values())
-    was_training = model.training
+def _observing(model: QuantModel) -> Iterator[dict[str, ActQuantizer]]:
+    """Float evaluation with all observers on; what they have not given to a grid at the end is forgotten."""
+    quantizers = model._quantizers()
+    modes = {m: m.training for m in model.modules()}
     model.eval()
-    for quantizer in quantizers:
-        quantizer.observing = True
     try:
-        yield quantizers
+        with switched(model, fake_quant=False, observer=True):
+            for quantizer in quantizers.values():
+                quantizer.calibrator = None
+            yield quantizers
     finally:
-        model.train(was_training)
-        for quantizer in quantizers:
-            quantizer.observing = False
+        for module, mode in modes.items():
+            module.training = mode
+        for quantizer in quantizers.values():
+            quantizer.calibrator = None
 
 
 def calibrate(model: QuantModel, loader: Iterable[Any], batches: int | None = None) -> None:
@@ -328,7 +363,7 @@ def calibrate(model: QuantModel, loader: Iterable[Any], batches: int | None = No
             count += 1
         if not count:
             raise TrainingError("Calibration needs at least one batch; the loader gave none.")
-        for quantizer in quantizers:
+        for quantizer in quantizers.values():
             quantizer.finish()
     model._calibrated = False
 

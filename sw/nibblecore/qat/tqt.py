@@ -75,7 +75,7 @@ class TqtWeights(WeightQuantizer):
         with torch.no_grad():
             return quantize(weight / self.scale_like(weight), self.low, self.high, self.kind).long()
 
-    def forward(self, weight: Tensor) -> Tensor:
+    def fake_quantize(self, weight: Tensor) -> Tensor:
         result: Tensor = Lsq.apply(weight, self.scale_like(weight), self.low, self.high, 1.0, self.kind)
         return result
 
