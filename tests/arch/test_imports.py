@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nibblecore.arch": set(),
     "nibblecore.ir": {"nibblecore.arch"},
     "nibblecore.ir.random_graph": {"nibblecore.arch", "nibblecore.ir", "nibblecore.runtime"},  # sizes tensors to a core
-    "nibblecore.frontend": {"nibblecore.arch", "nibblecore.ir"},
+    "nibblecore.frontend": {"nibblecore", "nibblecore.arch", "nibblecore.ir"},
     "nibblecore.models": set(),
     "nibblecore.qat": {"nibblecore.arch", "nibblecore.ir", "nibblecore.frontend", "nibblecore.models"},
     "nibblecore.golden": {"nibblecore.arch", "nibblecore.runtime"},
