@@ -8,7 +8,7 @@
     graph = convert(model)                                    # nibblecore.ir.Graph
 """
 
-from . import dorefa, iao, lsq, lsq_plus, pact, tqt  # they register their methods
+from . import dorefa, iao, lsq, lsq_plus, pact, presets, tqt  # most of them register their methods
 from .averaging import Ema
 from .checkpoint import checkpoint_facts, load_checkpoint, load_model, save_checkpoint
 from .config import Override, QConfig
@@ -28,6 +28,7 @@ from .prepare import (
     prepare,
     reestimate_batch_norm,
 )
+from .presets import PRESETS, Preset
 from .regularization import (
     OscillationTracker,
     bin_regularization,
@@ -43,9 +44,11 @@ from .toggles import (
     fake_quant_disabled,
     observer_disabled,
 )
+from .tqt import TqtOptions
 
 __all__ = [
     "METHODS",
+    "PRESETS",
     "ActQuantizer",
     "DorefaOptions",
     "Ema",
@@ -56,8 +59,10 @@ __all__ = [
     "MethodOptions",
     "OscillationTracker",
     "Override",
+    "Preset",
     "QConfig",
     "QuantModel",
+    "TqtOptions",
     "WeightQuantizer",
     "add_correction",
     "bin_regularization",
@@ -84,6 +89,7 @@ __all__ = [
     "pact",
     "parameter_groups",
     "prepare",
+    "presets",
     "reestimate_batch_norm",
     "save_checkpoint",
     "tqt",

@@ -147,7 +147,7 @@ class IaoActivations(ActQuantizer):
             return low, high
         flat = values.flatten()
         # How many values may be beyond either end.
-        beyond = math.floor((1 - self.options.quantile) * len(flat))
+        beyond = math.floor((1 - self.options.quantile) * len(flat) + 1e-6)
         return flat.kthvalue(beyond + 1).values, flat.kthvalue(len(flat) - beyond).values
 
     def follow(self, x: Tensor) -> None:

@@ -105,6 +105,13 @@ class QuantLayer(nn.Module):
             return self.weight
         return self.weight * self._per_channel(self._norm_affine()[0])
 
+    def from_latent(self, value: Tensor) -> Tensor:
+        """The ``weight`` of which ``value`` is :meth:`latent`; as it is where the factor of the norm is 0."""
+        if self.norm is None or not self.fold:
+            return value.to(self.weight.dtype)
+        factor = self._per_channel(self._norm_affine()[0].detach())
+        return torch.where(factor == 0, self.weight, value.to(factor) / torch.where(factor == 0, 1.0, factor))
+
     def scale(self) -> Tensor:
         """Step of the weights per output channel, shape ``(out,)``."""
         return self.weight_quantizer.scale(self.latent())

@@ -49,7 +49,7 @@ def bin_regularization(model: nn.Module, *, grad_to_step: bool = True, groups: s
         raise ValueError(f"groups must be 'step' or 'layer', not {groups!r}")
     terms = []
     for _, layer in _low_bit_layers(model):
-        quantizer, weight = layer.weight_quantizer, layer.weight
+        quantizer, weight = layer.weight_quantizer, layer.latent()
         codes = quantizer.codes(weight)
         scale = quantizer.scale_like(weight)
         square = (weight - codes * (scale if grad_to_step else scale.detach())).square()
@@ -83,7 +83,7 @@ def dampening(model: nn.Module, *, aggregation: str = "kernel_mean") -> Tensor:
         raise ValueError(f"aggregation must be 'sum', 'mean' or 'kernel_mean', not {aggregation!r}")
     terms = []
     for _, layer in _low_bit_layers(model):
-        quantizer, weight = layer.weight_quantizer, layer.weight
+        quantizer, weight = layer.weight_quantizer, layer.latent()
         scale = quantizer.scale_like(weight).detach()
         clipped = weight.maximum(scale * quantizer.low).minimum(scale * quantizer.high)
         square = (quantizer.codes(weight) * scale - clipped).square()
@@ -153,8 +153,8 @@ class OscillationTracker:
 
     @staticmethod
     def _restore(layer: QuantLayer, state: dict[str, Tensor]) -> None:
-        level = state["frozen_codes"] * layer.weight_quantizer.scale_like(layer.weight)
-        layer.weight.copy_(torch.where(state["frozen"], level.to(layer.weight.dtype), layer.weight))
+        level = state["frozen_codes"] * layer.weight_quantizer.scale_like(layer.latent())
+        layer.weight.copy_(torch.where(state["frozen"], layer.from_latent(level), layer.weight))
 
     def rate(self, frequency: float = 0.005) -> float:
         """Share of tracked weights that oscillate more often than ``frequency``, 0..1."""
