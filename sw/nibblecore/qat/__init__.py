@@ -11,9 +11,11 @@
 from . import dorefa, iao, lsq, lsq_plus, pact, presets, tqt  # most of them register their methods
 from .averaging import Ema
 from .checkpoint import checkpoint_facts, load_checkpoint, load_model, save_checkpoint
+from .compare import fake_quant_codes
 from .config import Override, QConfig
 from .convert import convert
 from .dorefa import DorefaOptions
+from .export_onnx import export_onnx
 from .iao import IaoOptions
 from .lsq import LsqOptions
 from .lsq_plus import LsqPlusOptions
@@ -78,6 +80,8 @@ __all__ = [
     "dorefa",
     "enable_fake_quant",
     "enable_observer",
+    "export_onnx",
+    "fake_quant_codes",
     "fake_quant_disabled",
     "freeze_batch_norm",
     "iao",
