@@ -86,8 +86,8 @@ def acc_read_port(arch: ArchConfig) -> Signature:
     )
 
 
-READ_LATENCY = 2
-"""Edges from a granted buffer read to its data: block RAM, then a register behind the bank multiplexer."""
+READ_LATENCY = 3
+"""Edges from a granted buffer read to its data: block RAM, a register per bank, one behind the bank multiplexer."""
 
 ACC_READ_LATENCY = 3
 """Edges from an accumulator read to its data: block RAM, a register at its output, one behind the group multiplexer."""

@@ -234,8 +234,8 @@ class PostUnit(wiring.Component):
 
     A POOL takes one cycle per word of every tap, inside the map or not. Before that and after it, counted from the
     first cycle with ``command.valid`` (when the unit is idle) to the one with ``done_stb``, a POST takes
-    ``param_words + 27`` cycles (INT8 with more than one step: 28, RAW32: 9), a POOL 9; :meth:`cycles` has the sum. The
-    next command may be there with ``done_stb`` and then starts in that cycle. ``command.ready`` comes in the third
+    ``param_words + 28`` cycles (INT8 with more than one step: 29, RAW32: 10), a POOL 10; :meth:`cycles` has the sum.
+    The next command may be there with ``done_stb`` and then starts in that cycle. ``command.ready`` comes in the third
     cycle of ``command.valid``: the transfer is not what starts the address generators, but what lets go of the payload.
 
     All of this without stalls. Reads and writes may be refused in any cycle: up to 16 bricks of the stored operand are
@@ -716,11 +716,11 @@ class PostUnit(wiring.Component):
         """Cycles from the first with ``command.valid``, the unit being idle, to ``done_stb``, if nothing is refused."""
         i, pixels = instruction, instruction["rows"] * instruction["cols"]
         if i.opcode is Opcode.POOL:
-            return pixels * i["bricks"] * i["kernel_y"] * i["kernel_x"] * (1 + i["wide"]) + 9
+            return pixels * i["bricks"] * i["kernel_y"] * i["kernel_x"] * (1 + i["wide"]) + READ_LATENCY + 7
         bricks = 1 if arch.parts_per_brick > 1 else i["bricks"]
         columns = min(arch.lanes, arch.columns)
         steps = columns // arch.post_lanes
-        start = arch.param_words + 3
+        start = arch.param_words + READ_LATENCY + 1
         if i["mode"] == OutputMode.RAW32:
             return start + pixels * bricks * RAW_WORDS * columns // arch.lanes - 1 + cls._SUM + 3
         words_in, words_out = i["add"] * (1 + i["add_wide"]), 1 + (i["mode"] == OutputMode.INT8)

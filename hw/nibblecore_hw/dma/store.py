@@ -85,7 +85,7 @@ class StoreDma(wiring.Component):
     """
 
     AW_LATENCY = 5
-    W_LATENCY = 6
+    W_LATENCY = 4 + READ_LATENCY
     QUEUE_WORDS = 8
     """Words that can be read ahead."""
 

@@ -28,9 +28,10 @@ class BankedBuffer(wiring.Component):
     combinationally on ``valid`` and ``addr`` of all ports that win over it, and not on its own ``valid``.
 
     Read data stands in the cycle that begins :data:`~nibblecore_hw.layouts.READ_LATENCY` edges after the grant: the
-    memory's own register, then one behind the bank multiplexer. A read granted at a later edge than a write sees it. A
-    word of a ``dual`` bank must not be read at the edge at which it is written: what is read then is undefined, so that
-    no bypass has to be built around block RAM. Whoever schedules the clients guarantees it; ``checks`` asserts it.
+    memory's own register, one per bank beside it, as block RAM of an ECP5 takes more than half a cycle of 100 MHz, and
+    one behind the bank multiplexer. A read granted at a later edge than a write sees it. A word of a ``dual`` bank must
+    not be read at the edge at which it is written: what is read then is undefined, so that no bypass has to be built
+    around block RAM. Whoever schedules the clients guarantees it; ``checks`` asserts it.
 
     A ``dual`` bank becomes DP16KD alone on an ECP5. A ``single`` bank becomes SB_SPRAM256KA alone on an iCE40 when
     Yosys is told to drop the initial contents that Amaranth always writes, which SPRAM cannot have: ``proc; delete
@@ -123,8 +124,8 @@ class BankedBuffer(wiring.Component):
             m.d.comb += port.ready.eq(~beaten(port, winners))
         m.d.comb += self.conflicts.eq(Cat(port.valid & ~port.ready for port in reads))
 
-        # READ_LATENCY is the memory's register, then this module's one behind the bank multiplexer.
-        assert READ_LATENCY == 2
+        # The memory's register, `held` beside it, and the one behind the bank multiplexer.
+        assert READ_LATENCY == 3
         bank_words = []
         for b in range(self.banks):
             wanted_w = [w.valid & (w.addr[row_bits:] == b) for w in writes]
@@ -144,13 +145,19 @@ class BankedBuffer(wiring.Component):
             read_en = Signal(name=f"b{b}_ren")
             build = self._single_bank if self.kind == "single" else self._dual_bank
             m.d.comb += read_en.eq(_any(wanted_r))
-            bank_words.append(build(m, b, write_row, write_data, write_mask, _any(wanted_w), read_row, read_en))
+            held = Signal(self.word_bits, name=f"b{b}_held", reset_less=True)
+            m.d.sync += held.eq(build(m, b, write_row, write_data, write_mask, _any(wanted_w), read_row, read_en))
+            bank_words.append(held)
 
         words = Array(bank_words)
         for i, r in enumerate(reads):
-            bank = Signal(bank_bits, name=f"bank_{i}", reset_less=True)
+            bank: Value = r.addr[row_bits:]
+            for n in range(READ_LATENCY - 1):
+                later = Signal(bank_bits, name=f"bank_{i}_{n}", reset_less=True)
+                m.d.sync += later.eq(bank)
+                bank = later
             word = Signal(self.word_bits, name=f"word_{i}", reset_less=True)
-            m.d.sync += [bank.eq(r.addr[row_bits:]), word.eq(words[bank] if bank_bits else words[0])]
+            m.d.sync += word.eq(words[bank] if bank_bits else words[0])
             m.d.comb += r.data.eq(word)
         return m
 
