@@ -67,7 +67,9 @@ class MinMaxWeights(WeightQuantizer):
         groups = self.groups(weight.detach())
         # The full grids reach further down than up.
         step = torch.maximum(groups.amax(1) / self.high, groups.amin(1) / self.low)
-        usual = step[step > 0].mean() if bool((step > 0).any()) else torch.ones_like(step[0])
+        # A channel of zeros gets the mean of the others.
+        count = (step > 0).sum()
+        usual = torch.where(count > 0, step.clamp_min(0).sum() / count.clamp_min(1), 1.0)
         step = torch.where(step > 0, step, usual).clamp_min(STEP_MIN)
         if self.power_of_two:
             step = NearestPowerOfTwo.apply(step)
@@ -111,31 +113,38 @@ class IaoActivations(ActQuantizer):
         # A power-of-two step would not cover a nudged range.
         return not self.rectified and not self.power_of_two
 
-    def _grid(self) -> tuple[float, int]:
-        low, high = (float(v) for v in self.range)
-        if math.isnan(low + high):
-            return math.nan, 0
+    def _grid(self) -> tuple[Tensor, Tensor]:
+        """Step and unsigned code of real zero, float64, as :func:`nibblecore.qat.calibration.affine_grid` has them.
+
+        In tensors, so that a model compiles without a break. The step is nan before calibration.
+        """
+        low, high = self.range.double()
         if self.affine:
-            step, zero = affine_grid(low, high, self.bits)
+            top = (1 << self.bits) - 1
+            step = (high.clamp_min(0) - low.clamp_max(0)) / top
+            zero = torch.where(step > 0, torch.floor(0.5 - low.clamp_max(0) / step).clamp(0, top), 0.0)
         else:
-            step, zero = self.step_for(low, high), 0
-        return max(step, STEP_MIN), zero
+            lowest, highest = self.plain_range
+            step = (high / highest).maximum(low / lowest) if lowest else high / highest
+            zero = torch.zeros_like(step)
+        step = torch.where(step <= 0, 1.0, step).clamp_min(STEP_MIN)
+        return step, zero
 
     def scale(self) -> Tensor:
-        step = self.range.new_tensor(self._grid()[0])
+        step = self._grid()[0].to(self.range.dtype)
         return NearestPowerOfTwo.apply(step) if self.power_of_two else step
 
     @property
     def low(self) -> int:
-        return -self._grid()[1] if self.affine else super().low
+        return -int(self._grid()[1]) if self.affine else self.plain_range[0]
 
     @property
     def high(self) -> int:
-        return (1 << self.bits) - 1 - self._grid()[1] if self.affine else super().high
+        return (1 << self.bits) - 1 - int(self._grid()[1]) if self.affine else self.plain_range[1]
 
     @property
     def zero(self) -> int:
-        return self._grid()[1] - (1 << self.storage_bits - 1) if self.affine else super().zero
+        return int(self._grid()[1]) - (1 << self.storage_bits - 1) if self.affine else super().zero
 
     def set_range(self, low: float, high: float) -> None:
         self.range.copy_(torch.tensor([min(low, 0.0), max(high, 0.0)]))
@@ -164,12 +173,13 @@ class IaoActivations(ActQuantizer):
         self.seen += 1
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        if self.training and int(self.seen) <= self.options.delay:
-            return x.relu() if self.rectified else x
-        scale, low, high = self.scale(), self.low, self.high
+        scale, zero = self.scale(), self._grid()[1].to(x.dtype)
+        low, high = (-zero, (1 << self.bits) - 1 - zero) if self.affine else (zero + self.low, zero + self.high)
         u = x.detach() / scale
         inside = (u >= low) & (u <= high)
-        result: Tensor = _Straight.apply(x, torch.floor(u + 0.5).clamp(low, high) * scale, inside)
+        result: Tensor = _Straight.apply(x, torch.floor(u + 0.5).maximum(low).minimum(high) * scale, inside)
+        if self.training and self.options.delay:
+            result = torch.where(self.seen <= self.options.delay, x.relu() if self.rectified else x, result)
         return result
 
 

@@ -6,14 +6,16 @@ requantization multipliers and the factors of sums are rounded here as they are 
 moves fewer than one code in 10**5 to its neighbour, where ``x/step`` is next to a tie.
 """
 
-from typing import Any, NamedTuple, Self
+import abc
+import math
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..arch import numerics
-from ..frontend.from_torch import FloatAdd, FloatAvgPool, FloatBatchNorm, FloatConv, FloatFlatten, FloatMaxPool
+from ..frontend.from_torch import FloatAvgPool, FloatBatchNorm, FloatConv
 from .methods import ActQuantizer, WeightQuantizer
 
 
@@ -37,9 +39,73 @@ def round_ratio(ratio: Tensor) -> Tensor:
     return torch.floor(ratio * unit + 0.5) / unit
 
 
-def _quantize(quantizer: ActQuantizer, x: Tensor) -> Grid:
-    result = quantizer(x)
-    return Grid(result, quantizer.scale().detach() if quantizer.fake_quant_enabled else None)
+def round_factors(step_a: Tensor | float, step_b: Tensor | float, step: Tensor) -> tuple[Tensor, Tensor]:
+    """``k / 2**n * step / step_i`` of both operands, with the factors of :func:`nibblecore.arch.numerics.add_factors`.
+
+    In tensors of float64, so that a model compiles without a break; quotients of two float32 are never so near to a tie
+    that it matters. Factors that 16 bits cannot hold are :func:`nibblecore.qat.convert`'s to refuse.
+    """
+    step = step.double()
+    a, b = step_a / step, step_b / step
+    largest = a.maximum(b)
+    bits = numerics.ADD_FACTOR_BITS - 1
+    n = (bits - torch.frexp(largest).exponent).clamp(numerics.ADD_SHIFT_MIN, 24)
+    unit = torch.ldexp(torch.ones_like(largest), n)
+    # The rounding may have reached the limit.
+    unit = torch.where((torch.floor(largest * unit + 0.5) >= 1 << bits) & (n > numerics.ADD_SHIFT_MIN), unit / 2, unit)
+    return torch.floor(a * unit + 0.5) / unit / a, torch.floor(b * unit + 0.5) / unit / b
+
+
+class QuantOp(nn.Module):
+    """Base of the operators whose results have a grid: a clamp, then the quantizer.
+
+    ReLU is in the quantizer where that has no negative values. Any other clamp is done before it, and integers saturate
+    at the code of its limit: rounding is monotonic, so that the code of a clamped value is the clamped code. A ReLU6
+    has an unsigned grid that may reach beyond 6, where training has made its step larger than ``6 / 15``.
+
+    Parameters
+    ----------
+    output : ActQuantizer or None
+        Several operators have the same one where their results are concatenated: it is a submodule of the first of
+        them, so that a ``state_dict`` has it once, and an attribute of all.
+    """
+
+    limits: tuple[float, float] = (-math.inf, math.inf)
+    """Lowest and highest value, ``low <= 0 <= high``; infinite where the quantizer does it."""
+
+    def __init__(self, output: ActQuantizer | None) -> None:
+        super().__init__()
+        self.output_quantizer = output
+
+    def finish(self, x: Tensor) -> Grid:
+        """The result ``x`` clamped and quantized."""
+        if self.limits != QuantOp.limits:
+            x = x.clamp(*self.limits)
+        quantizer = self.output_quantizer
+        if quantizer is None:
+            return Grid(x, None)
+        result = quantizer(x)
+        return Grid(result, quantizer.scale().detach() if quantizer.fake_quant_enabled else None)
+
+    def share(self, quantizer: ActQuantizer) -> None:
+        """Use a quantizer that belongs to another operator."""
+        del self.output_quantizer
+        # Not as a submodule: averages and optimizers would see its state twice.
+        self.__dict__["output_quantizer"] = quantizer
+
+    def grid(self) -> ActQuantizer:
+        """The quantizer of an operator that has one."""
+        assert self.output_quantizer is not None
+        return self.output_quantizer
+
+    def code_limits(self) -> tuple[int, int]:
+        """Lowest and highest code, relative to that of real zero, clamp included."""
+        quantizer = self.grid()
+        scale = quantizer.scale().detach()
+        low, high = quantizer.low, quantizer.high
+        # As the quantizer rounds: in the type of the step.
+        least, most = (float(torch.floor(scale.new_tensor(limit) / scale + 0.5)) for limit in self.limits)
+        return int(max(low, least)), int(min(high, most))
 
 
 class Correction(nn.Module):
@@ -57,7 +123,7 @@ class Correction(nn.Module):
         return str(len(self.gamma))
 
 
-class QuantLayer(nn.Module):
+class QuantLayer(QuantOp, abc.ABC):
     """Base of convolution and linear layer: weights, bias, one quantizer for each of weights and output.
 
     Batch norm was folded when the model was prepared, and ``weight`` and ``bias`` are the folded ones, or is ``norm``.
@@ -85,7 +151,7 @@ class QuantLayer(nn.Module):
     """Whether ``norm`` keeps its running statistics in training mode too, and uses them."""
 
     def __init__(self, op: FloatConv, weights: WeightQuantizer, output: ActQuantizer | None) -> None:
-        super().__init__()
+        super().__init__(None)
         self.weight = nn.Parameter(op.weight.clone())
         self.bias = None if op.bias is None else nn.Parameter(op.bias.clone())
         self.weight_quantizer = weights
@@ -210,8 +276,9 @@ class QuantLayer(nn.Module):
         rounded = torch.where(unit == 0, bias.detach(), self.int_bias(input_step) * unit * factor)
         return weight, (bias + (rounded - bias).detach()).to(dtype)
 
+    @abc.abstractmethod
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        raise NotImplementedError
+        """The convolution or matrix product."""
 
     def _folded_with_batch(self, x: Grid) -> Tensor:
         """The result with ``norm`` folded into the weights with the statistics of this batch, which it takes in."""
@@ -261,7 +328,7 @@ class QuantLayer(nn.Module):
             y = self.norm(y)
         else:
             y = self._product(x.x, *self._parameters_for(x.step))
-        return Grid(y, None) if self.output_quantizer is None else _quantize(self.output_quantizer, y)
+        return self.finish(y)
 
 
 def _batch_norm(norm: FloatBatchNorm, channels: int, images: bool) -> nn.BatchNorm1d | nn.BatchNorm2d:
@@ -287,18 +354,20 @@ class QuantConv2d(QuantLayer):
     def __init__(self, op: FloatConv, weights: WeightQuantizer, output: ActQuantizer | None) -> None:
         super().__init__(op, weights, output)
         self.stride, self.padding, self.dilation = op.stride, op.padding, op.dilation
+        self.groups = op.groups
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         top, left, bottom, right = self.padding
         padding = (top, left)
         if (top, left) != (bottom, right):
             x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
-        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation)
+        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
         out, channels, *kernel = self.weight.shape
         geometry = f"kernel_size={tuple(kernel)}, stride={self.stride}, padding={self.padding}"
-        return f"{channels}, {out}, {geometry}, dilation={self.dilation}, weight_bits={self.weight_quantizer.bits}"
+        geometry = f"{geometry}, dilation={self.dilation}, groups={self.groups}"
+        return f"{channels * self.groups}, {out}, {geometry}, weight_bits={self.weight_quantizer.bits}"
 
 
 class QuantLinear(QuantLayer):
@@ -312,82 +381,38 @@ class QuantLinear(QuantLayer):
         return f"{features}, {out}, weight_bits={self.weight_quantizer.bits}"
 
 
-class QuantAdd(nn.Module):
+class QuantAdd(QuantOp):
     """Residual sum with a grid of its own, ReLU included where the grid is unsigned.
 
     The factors ``k / 2**n`` of :func:`nibblecore.arch.numerics.residual_add` have at most 15 bits; the operands are
     scaled to the rounded factors.
     """
 
-    def __init__(self, output: ActQuantizer) -> None:
-        super().__init__()
-        self.output_quantizer = output
-
     def factors(self, step_a: Tensor | float, step_b: Tensor | float) -> tuple[int, int, int]:
         """``(k_a, k_b, n)`` for operands with these steps."""
-        return numerics.add_factors(float(step_a), float(step_b), float(self.output_quantizer.scale().detach()))
+        return numerics.add_factors(float(step_a), float(step_b), float(self.grid().scale().detach()))
 
     def forward(self, a: Grid, b: Grid) -> Grid:
-        if a.step is None or b.step is None or not self.output_quantizer.fake_quant_enabled:
-            return _quantize(self.output_quantizer, a.x + b.x)
-        k_a, k_b, n = self.factors(a.step, b.step)
-        unit = float(self.output_quantizer.scale().detach()) / 2**n
-        return _quantize(self.output_quantizer, a.x * (k_a * unit / float(a.step)) + b.x * (k_b * unit / float(b.step)))
+        if a.step is None or b.step is None or not self.grid().fake_quant_enabled:
+            return self.finish(a.x + b.x)
+        factor_a, factor_b = round_factors(a.step, b.step, self.grid().scale().detach())
+        return self.finish(a.x * factor_a + b.x * factor_b)
 
 
-class QuantAvgPool2d(nn.Module):
+class QuantAvgPool2d(QuantOp):
     """Average pool with a grid of its own; divides by the whole window, padding included."""
 
     def __init__(self, op: FloatAvgPool, output: ActQuantizer) -> None:
-        super().__init__()
+        super().__init__(output)
         self.kernel, self.stride, self.padding = op.kernel, op.stride, op.padding
-        self.output_quantizer = output
 
     def forward(self, x: Grid) -> Grid:
         mean = F.avg_pool2d(x.x, self.kernel, self.stride, self.padding)
-        if x.step is not None and self.output_quantizer.fake_quant_enabled:
-            scale = self.output_quantizer.scale().detach().double()
+        if x.step is not None and self.grid().fake_quant_enabled:
+            scale = self.grid().scale().detach().double()
             ratio = x.step / (self.kernel[0] * self.kernel[1] * scale)
             mean = mean * (round_ratio(ratio) / ratio).to(mean.dtype)
-        return _quantize(self.output_quantizer, mean)
+        return self.finish(mean)
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel}, stride={self.stride}, padding={self.padding}"
-
-
-class QuantMaxPool2d(nn.Module):
-    """Max-pool: values pass through on their grid."""
-
-    def __init__(self, op: FloatMaxPool) -> None:
-        super().__init__()
-        self.kernel, self.stride, self.padding, self.dilation = op.kernel, op.stride, op.padding, op.dilation
-
-    def forward(self, x: Grid) -> Grid:
-        return Grid(F.max_pool2d(x.x, self.kernel, self.stride, self.padding, self.dilation), x.step)
-
-    def extra_repr(self) -> str:
-        geometry = f"kernel_size={self.kernel}, stride={self.stride}, padding={self.padding}"
-        return f"{geometry}, dilation={self.dilation}"
-
-
-class QuantFlatten(nn.Module):
-    """``(N, C, H, W)`` to ``(N, C*H*W)``; values pass through on their grid."""
-
-    def forward(self, x: Grid) -> Grid:
-        return Grid(x.x.flatten(1), x.step)
-
-
-def build(op: Any, weights: WeightQuantizer | None, output: ActQuantizer | None) -> nn.Module:
-    """The module for one captured operator."""
-    if isinstance(op, FloatConv):
-        assert weights is not None
-        return (QuantLinear if op.weight.ndim == 2 else QuantConv2d)(op, weights, output)
-    if isinstance(op, FloatMaxPool):
-        return QuantMaxPool2d(op)
-    if isinstance(op, FloatFlatten):
-        return QuantFlatten()
-    assert output is not None
-    if isinstance(op, FloatAvgPool):
-        return QuantAvgPool2d(op, output)
-    assert isinstance(op, FloatAdd)
-    return QuantAdd(output)

@@ -104,11 +104,11 @@ class LsqPlusActivations(LsqActivations):
 
     @property
     def low(self) -> int:
-        return -self.zero_point() if self.affine else super().low
+        return -self.zero_point() if self.affine else self.plain_range[0]
 
     @property
     def high(self) -> int:
-        return (1 << self.bits) - 1 - self.zero_point() if self.affine else super().high
+        return (1 << self.bits) - 1 - self.zero_point() if self.affine else self.plain_range[1]
 
     @property
     def zero(self) -> int:

@@ -182,6 +182,9 @@ class ActQuantizer(nn.Module, abc.ABC):
         self.fake_quant_enabled = True
         self.observer_enabled = self.observes
         self.calibrator: Calibrator | None = None
+        self.parts = 1
+        """How many operators share this grid: what they compute in one pass is observed as one tensor."""
+        self.parts_seen: list[Tensor] = []
 
     @property
     def storage_bits(self) -> int:
@@ -189,14 +192,20 @@ class ActQuantizer(nn.Module, abc.ABC):
         return storage_bits(self.bits)
 
     @property
+    def plain_range(self) -> tuple[int, int]:
+        """Lowest and highest code of a grid without a zero point of its own."""
+        low, high = numerics.code_range(self.bits)
+        return 0 if self.rectified else low, (1 << self.bits) - 1 if self.unsigned else high
+
+    @property
     def low(self) -> int:
         """Lowest code, relative to that of real zero."""
-        return 0 if self.rectified else numerics.code_range(self.bits)[0]
+        return self.plain_range[0]
 
     @property
     def high(self) -> int:
         """Highest code, relative to that of real zero."""
-        return (1 << self.bits) - 1 if self.unsigned else numerics.code_range(self.bits)[1]
+        return self.plain_range[1]
 
     @property
     def zero(self) -> int:
@@ -249,7 +258,14 @@ class ActQuantizer(nn.Module, abc.ABC):
     def forward(self, x: Tensor) -> Tensor:
         """:meth:`fake_quantize`, or nothing but the ReLU where that is switched off."""
         if self.observer_enabled:
-            self.follow(x.detach().relu() if self.rectified else x.detach())
+            seen = x.detach().relu() if self.rectified else x.detach()
+            if self.parts > 1:
+                self.parts_seen.append(seen.flatten())
+            if self.parts == 1:
+                self.follow(seen)
+            elif len(self.parts_seen) == self.parts:
+                self.follow(torch.cat(self.parts_seen))
+                self.parts_seen.clear()
         if self.fake_quant_enabled:
             return self.fake_quantize(x)
         return x.relu() if self.rectified else x
@@ -332,16 +348,32 @@ class InputQuantizer(nn.Module):
         """Whether no value on the grid is negative."""
         return self.zero == numerics.code_range(self.bits)[0]
 
-    def codes(self, x: Tensor) -> Tensor:
-        """Stored codes, int64. In float64, as :func:`nibblecore.ir.quantize`: image values are often ties."""
+    def _relative_codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes relative to that of real zero, and the step: all of it tensors of float64, so that it compiles.
+
+        In float64, as :func:`nibblecore.ir.quantize`: image values are often ties.
+        """
         lowest, highest = numerics.code_range(self.bits)
-        return (torch.floor(x.double() / self.step() + 0.5) + self.zero).clamp(lowest, highest).long()
+        step = self.step_tensor()
+        zero = (torch.floor(0.5 - self.range[0].double() / step) + lowest).clamp(lowest, highest)
+        codes = torch.floor(x.double() / step + 0.5)
+        return codes.maximum(lowest - zero).minimum(highest - zero), step
+
+    def step_tensor(self) -> Tensor:
+        """:meth:`step` as a tensor, float64, shape ``()``."""
+        low, high = self.range.double()
+        return (high - low) / ((1 << self.bits) - 1)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Stored codes, int64."""
+        return self._relative_codes(x)[0].long() + self.zero
 
     def forward(self, x: Tensor) -> Tensor:
         """The values of the codes, or ``x`` where fake quantization is switched off."""
         if not self.fake_quant_enabled:
             return x
-        return ((self.codes(x) - self.zero) * self.step()).to(x.dtype)
+        codes, step = self._relative_codes(x)
+        return (codes * step).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, range=({float(self.range[0]):g}, {float(self.range[1]):g})"

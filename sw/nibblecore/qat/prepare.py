@@ -11,13 +11,16 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import TrainingError
+from ..errors import CompileError, TrainingError
 from ..frontend.from_torch import (
+    PASS_THROUGH,
     FloatAdd,
+    FloatConcat,
     FloatConv,
     FloatFlatten,
     FloatGraph,
-    FloatMaxPool,
+    FloatLookup,
+    FloatMul,
     FloatOp,
     capture,
     leaves,
@@ -25,8 +28,9 @@ from ..frontend.from_torch import (
     walk_readers,
 )
 from .config import QConfig
-from .layers import Correction, Grid, QuantLayer, build
+from .layers import Correction, Grid, QuantLayer, QuantOp
 from .methods import ActQuantizer, InputQuantizer, Method, WeightQuantizer, method
+from .operators import build
 from .toggles import switch, switched
 
 RAW: Final = 32
@@ -35,8 +39,9 @@ RAW: Final = 32
 class QuantModel(nn.Module):
     """A prepared model: same call, same results up to quantization, submodules at the user's module paths.
 
-    Batch norms and ReLUs have gone into the layers before them, or are their ``norm``. Sums, and functional pools, have
-    modules of their own at the path of the module whose ``forward`` calls them, as in ``stage1.0.add``. Parameters and
+    Batch norms and clamps have gone into the layers before them, or are their ``norm``. Sums, and functional pools,
+    have modules of their own at the path of the module whose ``forward`` calls them, as in ``stage1.0.add``. Results
+    that are concatenated share one quantizer, which the ``state_dict`` has at the first of them. Parameters and
     ``state_dict`` are complete from the start; steps of activations are nan until :func:`calibrate`, and a forward pass
     before raises :class:`~nibblecore.errors.TrainingError`. Deep copies, pickles and moves between devices work as for
     any module.
@@ -53,6 +58,9 @@ class QuantModel(nn.Module):
         self._plan = tuple((op.path, op.inputs) for op in graph.ops)
         self._shapes = {graph.input: graph.input_shape, **{op.path: op.shape for op in graph.ops}}
         self._calibrated = False
+        # Unregistered, as they belong to operators.
+        shared = {m.output_quantizer for m in modules.values() if isinstance(m, QuantOp)}
+        self._shared = tuple(q for q in shared if q is not None and q.parts > 1)
         for path, module in modules.items():
             parent: nn.Module = self
             *containers, leaf = path.split(".")
@@ -64,9 +72,7 @@ class QuantModel(nn.Module):
                 parent = child
             parent.add_module(leaf, module)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._calibrated = False
-        super()._load_from_state_dict(*args, **kwargs)
+        self.register_load_state_dict_post_hook(_look_again)
 
     def forward(self, x: Tensor) -> Any:
         self._check_ready()
@@ -108,7 +114,9 @@ class QuantModel(nn.Module):
         """Every tensor by name."""
         source = self.get_submodule(self._input_name)
         assert isinstance(source, InputQuantizer)
-        values = {self._input_name: Grid(source(x), source.step() if source.fake_quant_enabled else None)}
+        for quantizer in self._shared:
+            quantizer.parts_seen.clear()  # of a pass that was interrupted
+        values = {self._input_name: Grid(source(x), source.step_tensor() if source.fake_quant_enabled else None)}
         for path, inputs in self._plan:
             values[path] = self.get_submodule(path)(*(values[name] for name in inputs))
         return values
@@ -116,18 +124,26 @@ class QuantModel(nn.Module):
     def _quantizers(self) -> dict[str, ActQuantizer]:
         return {name: module for name, module in self.named_modules() if isinstance(module, ActQuantizer)}
 
+    def _uncalibrated(self) -> list[str]:
+        return [n for n, q in self._quantizers().items() if q.fake_quant_enabled and not q.is_calibrated()]
+
     def _check_ready(self) -> None:
         """Raise unless every activation step is a number. Looks once; new values make :meth:`forward` look again."""
         if self._calibrated:
             return
-        quantizers = self._quantizers()
-        if missing := [n for n, q in quantizers.items() if q.fake_quant_enabled and not q.is_calibrated()]:
+        if missing := self._uncalibrated():
             raise TrainingError(
-                f"{len(missing)} of {len(quantizers)} activation steps are nan, the first at {missing[0]}: they were "
+                f"{len(missing)} of {len(self._quantizers())} activation steps are nan, the first at {missing[0]}: they were "
                 "never calibrated, or training has lost them.",
                 hint="Call nibblecore.qat.calibrate(model, loader) with a few batches, or load a state_dict.",
             )
         self._calibrated = True
+
+
+def _look_again(model: nn.Module, _: Any) -> None:
+    """Know right after loading a state whether steps are numbers: a compiled forward pass does not ask tensors."""
+    assert isinstance(model, QuantModel)
+    model._calibrated = not model._uncalibrated()
 
 
 def prepare(
@@ -138,9 +154,14 @@ def prepare(
     Parameters
     ----------
     model : nn.Module
-        Any model of ``conv2d``, ``linear``, ``batch_norm``, ``relu``, ``add``, ``max_pool2d``, ``avg_pool2d``,
-        ``adaptive_avg_pool2d``, ``mean`` over pixels, ``flatten`` and ``dropout``, as modules or functions. It stays as
-        it is.
+        Any model of ``conv2d``, ``linear``, ``batch_norm``, ``relu``, ``relu6``, ``hardtanh``, ``silu``, ``sigmoid``,
+        ``tanh``, ``hardswish``, ``hardsigmoid``, ``leaky_relu``, ``gelu``, ``mish``, ``add``, ``mul``, ``cat`` along
+        channels, ``interpolate`` to the nearest, ``max_pool2d``, ``avg_pool2d``, ``adaptive_avg_pool2d``, ``mean`` over
+        pixels, ``flatten`` and ``dropout``, as modules or functions. It stays as it is.
+
+        What a function other than clamps reads has 8 bits: it becomes a table of 256 entries. Tensors that are
+        concatenated, pools and upsampling between looked through, share one grid: as wide as the widest of them needs,
+        unsigned if all of them are.
     qconfig : QConfig
         Widths and method.
     example_input : Tensor
@@ -158,7 +179,7 @@ def prepare(
     CompileError
         Every unsupported construct of the model at once.
     TypeError, ValueError
-        Arguments, or overrides that match no layer.
+        Arguments, overrides that match no layer, or that give tensors of one grid different settings.
     """
     if not isinstance(qconfig, QConfig):
         raise TypeError(f"qconfig must be a QConfig, not {type(qconfig).__name__}")
@@ -178,16 +199,24 @@ def prepare(
         low, high = _power_of_two_range(low, high, widths.input_bits)
     source = InputQuantizer(low, high, widths.input_bits)
     modules: dict[str, nn.Module] = {graph.input: source}
-    positive = {graph.input: source.unsigned}
+    positive = _positive(graph, qconfig, source.unsigned)
+    grids: dict[tuple[str, ...], ActQuantizer] = {}
     for op in graph.ops:
-        positive[op.path] = op.relu or (not isinstance(op, FloatConv) and all(positive[name] for name in op.inputs))
         weights = output = None
         if isinstance(op, FloatConv):
             weights = _weights(op, widths.weight_bits(op), qconfig)
-        if not isinstance(op, (FloatMaxPool, FloatFlatten)) and (bits := widths.act_bits(op)) != RAW:
-            output = _activations(op, bits, positive[op.path], qconfig)
-            positive[op.path] = output.rectified
+        sharing = widths.sharing.get(op.path, ())
+        if sharing and (bits := widths.act_bits(op)) != RAW:
+            output = grids.get(sharing)
+            if output is None:
+                parts = [o for o in graph.ops if o.path in sharing]
+                output = _activations(parts, bits, all(positive[name] for name in sharing), qconfig)
         module = modules[op.path] = build(op, weights, output)
+        if isinstance(module, QuantOp) and output is not None:
+            module.limits = (-math.inf if op.relu and output.rectified else op.low, op.high)
+            if sharing in grids:
+                module.share(output)
+            grids[sharing] = output
         if isinstance(module, QuantLayer):
             module.fold = qconfig.batch_norm == "folded_train"
             module.bias_bits = qconfig.bias_bits
@@ -228,26 +257,66 @@ def _weights(op: FloatConv, bits: int, qconfig: QConfig) -> WeightQuantizer:
     return result
 
 
-def _activations(op: FloatOp, bits: int, positive: bool, qconfig: QConfig) -> ActQuantizer:
-    """``positive``: the tensor has no negative values, or a ReLU that the quantizer stands for."""
-    chosen, arguments = _method(op.path, qconfig)
-    signed = qconfig.setting(op.path, "signed")
+def _positive(graph: FloatGraph, qconfig: QConfig, input_is: bool) -> dict[str, bool]:
+    """Whether each tensor has no negative values, or a ReLU or an unsigned grid that sees to it."""
+    positive = {graph.input: input_is}
+    for op in graph.ops:
+        if isinstance(op, FloatLookup):
+            inherited = op.never_negative or positive[op.inputs[0]]
+        else:
+            inherited = not isinstance(op, FloatConv) and all(positive[name] for name in op.inputs)
+        unsigned = not isinstance(op, PASS_THROUGH) and qconfig.setting(op.path, "signed") is False
+        positive[op.path] = op.relu or inherited or unsigned
+    return positive
+
+
+def _activations(ops: list[FloatOp], bits: int, positive: bool, qconfig: QConfig) -> ActQuantizer:
+    """The quantizer that ``ops`` share.
+
+    ``positive``: the tensors have no negative values, or ReLUs that the quantizer stands for.
+    """
+    path = ops[0].path
+    for field in ("method", "signed", "scale_kind", "calibration"):
+        for other in ops[1:]:
+            values = [qconfig.setting(op.path, field) for op in (ops[0], other)]
+            if values[0] != values[1]:
+                raise ValueError(_conflict(field, path, other.path, *values))
+    chosen, arguments = _method(path, qconfig)
+    signed = qconfig.setting(path, "signed")
     result: ActQuantizer = chosen.activations(
         bits,
         positive if signed is None else not signed,
-        math.prod(op.shape),
+        sum(math.prod(op.shape) for op in ops),
         rectified=positive,
-        calibration=qconfig.setting(op.path, "calibration"),
+        calibration=qconfig.setting(path, "calibration"),
         **arguments,
     )
+    result.parts = len(ops)
     return result
 
 
+def _conflict(field: str, a: str, b: str, value_a: Any, value_b: Any) -> str:
+    return (
+        f"{a} and {b} are concatenated and share a grid, but overrides give them {field} {value_a!r} and {value_b!r}; "
+        "they must be the same"
+    )
+
+
 def _check_overrides(graph: FloatGraph, qconfig: QConfig) -> None:
-    paths = [graph.input, *(op.path for op in graph.ops if not isinstance(op, (FloatMaxPool, FloatFlatten)))]
+    paths = [graph.input, *(op.path for op in graph.ops if not isinstance(op, PASS_THROUGH))]
     for override in qconfig.overrides:
-        if not any(fnmatch.fnmatchcase(path, override.pattern) for path in paths):
+        matching = [path for path in paths if fnmatch.fnmatchcase(path, override.pattern)]
+        if not matching:
             raise ValueError(f"override {override.pattern!r} matches no layer; the layers are {', '.join(paths)}")
+        if override.act_bits in (None, 8):
+            continue
+        functions = [next((r for r in walk_readers(graph, p) if isinstance(r, FloatLookup)), None) for p in matching]
+        if all(functions):
+            assert functions[0] is not None
+            raise ValueError(
+                f"act_bits of override {override.pattern!r} must be 8, not {override.act_bits}: {matching[0]} is the "
+                f"index of a table, that of {functions[0].function} at {functions[0].path}"
+            )
 
 
 class _Widths:
@@ -255,15 +324,55 @@ class _Widths:
 
     def __init__(self, graph: FloatGraph, qconfig: QConfig) -> None:
         self.graph, self.qconfig = graph, qconfig
+        self.ops = {op.path: op for op in graph.ops}
         self.outputs = set(leaves(graph.outputs))
+        self.sharing = self._find_sharing()
+        """For each operator with a grid, all those that have the same one, itself included, in order."""
         self.first = {r.path for r in walk_readers(graph, graph.input) if isinstance(r, FloatConv)}
         self.last = {op.path for op in graph.ops if isinstance(op, FloatConv) and not self._leads_to_a_layer(op.path)}
         # The operand of each sum that the sum is fused behind, and that is therefore never stored.
         self.unstored = {path for op in graph.ops if isinstance(op, FloatAdd) and (path := self._fused_operand(op))}
         # The host knows nibbles and bytes, so a grid of 2 or 3 bits would gain nothing.
         self.input_bits: int = qconfig.override(graph.input, "act_bits") or max(4, qconfig.first_last_bits)
+        if self._is_index(graph.input):
+            self.input_bits = 8
         if self.input_bits < 4:
             raise ValueError(f"act_bits of the network's input {graph.input} must be 4 or 8, not {self.input_bits}")
+
+    def _find_sharing(self) -> dict[str, tuple[str, ...]]:
+        """Union-find over concatenations. ``CompileError`` where the network's input is in one, whose grid is fixed."""
+        parent = {self.graph.input: self.graph.input}
+        violations = []
+
+        def root(path: str) -> str:
+            while parent[path] != path:
+                path = parent[path]
+            return path
+
+        for op in self.graph.ops:
+            if not isinstance(op, PASS_THROUGH):
+                parent[op.path] = op.path
+                continue
+            first, *others = dict.fromkeys(root(name) for name in op.inputs)
+            parent[op.path] = first
+            if others and root(self.graph.input) in (first, *others):
+                other = next(name for name in op.inputs if root(name) != root(self.graph.input))
+                violations.append(
+                    f"{op.path}: A concatenation has parts whose common grid can be found in training. This one joins "
+                    f"{self.graph.input}, the network's input, whose grid is fixed, with {other}. Put a convolution "
+                    "between the input and it."
+                )
+                continue
+            for name in others:
+                parent[name] = first
+        if violations:
+            raise CompileError(violations)
+        producers = [op.path for op in self.graph.ops if not isinstance(op, PASS_THROUGH)]
+        return {path: tuple(p for p in producers if root(p) == root(path)) for path in producers}
+
+    def _is_index(self, path: str) -> bool:
+        """Whether a function that becomes a table reads the tensor."""
+        return any(isinstance(r, FloatLookup) for r in walk_readers(self.graph, path))
 
     def _leads_to_a_layer(self, path: str) -> bool:
         return any(isinstance(r, FloatConv) or self._leads_to_a_layer(r.path) for r in self.graph.readers(path))
@@ -294,18 +403,28 @@ class _Widths:
         return self.qconfig.first_last_bits if op.path in self.first | self.last else self.qconfig.weight_bits
 
     def act_bits(self, op: FloatOp) -> int:
-        """2, 3, 4, 8, or :data:`RAW`."""
-        bits: int | None = self.qconfig.override(op.path, "act_bits")
-        if bits is not None:
-            return bits
+        """2, 3, 4, 8, or :data:`RAW`; of operators that share a grid what overrides say, or else the most."""
+        sharing = self.sharing[op.path]
+        if any(map(self._is_index, sharing)):
+            return 8
+        explicit = {path: bits for path in sharing if (bits := self.qconfig.override(path, "act_bits")) is not None}
+        for path, bits in explicit.items():
+            first = next(iter(explicit))
+            if bits != explicit[first]:
+                raise ValueError(_conflict("act_bits", first, path, explicit[first], bits))
+        if explicit:
+            return next(iter(explicit.values()))
+        return max(self._usual_bits(self.ops[path]) for path in sharing)
+
+    def _usual_bits(self, op: FloatOp) -> int:
         readers = list(walk_readers(self.graph, op.path))
-        if isinstance(op, FloatConv) and not op.relu and set(readers) == {None} and self._leaves_as_it_is(op):
+        if isinstance(op, FloatConv) and not op.clamped and set(readers) == {None} and self._leaves_as_it_is(op):
             return self.qconfig.output_bits
         if op.path in self.unstored:
             return self.qconfig.residual_bits
         if all(r is None or r.path in self.last for r in readers):
             return self.qconfig.first_last_bits
-        if all(isinstance(r, FloatAdd) for r in readers):
+        if all(isinstance(r, (FloatAdd, FloatMul)) for r in readers):
             return self.qconfig.shortcut_bits
         return self.qconfig.act_bits
 
@@ -365,7 +484,7 @@ def calibrate(model: QuantModel, loader: Iterable[Any], batches: int | None = No
             raise TrainingError("Calibration needs at least one batch; the loader gave none.")
         for quantizer in quantizers.values():
             quantizer.finish()
-    model._calibrated = False
+    model._calibrated = not model._uncalibrated()
 
 
 def parameter_groups(model: nn.Module, *, lr: float, step_lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
