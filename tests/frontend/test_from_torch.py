@@ -1,5 +1,6 @@
 """Capturing models: what comes out, and the text of every violation."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +11,17 @@ from torch.nn import functional as F
 
 from nibblecore.errors import CompileError
 from nibblecore.frontend.from_torch import (
+    FUNCTIONS,
     FloatAdd,
     FloatAvgPool,
+    FloatConcat,
     FloatConv,
     FloatFlatten,
     FloatGraph,
+    FloatLookup,
     FloatMaxPool,
+    FloatMul,
+    FloatUpsample,
     capture,
 )
 from nibblecore.models.resnet8 import resnet8_digits
@@ -109,6 +115,101 @@ def test_variants(tail: Callable[..., Any], expected: list[tuple[type, str]]) ->
     assert [(type(op), op.path) for op in graph.ops][1:] == expected
 
 
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], nn.Module]] = {
+    "silu": (F.silu, nn.SiLU(inplace=True)),
+    "sigmoid": (torch.sigmoid, nn.Sigmoid()),
+    "tanh": (torch.tanh, nn.Tanh()),
+    "hardswish": (F.hardswish, nn.Hardswish(inplace=True)),
+    "hardsigmoid": (F.hardsigmoid, nn.Hardsigmoid()),
+    "leaky_relu": (lambda x: F.leaky_relu(x, 0.1), nn.LeakyReLU(0.1, inplace=True)),
+    "gelu": (lambda x: F.gelu(x, approximate="tanh"), nn.GELU("tanh")),
+    "mish": (F.mish, nn.Mish()),
+}
+
+
+def test_every_function_is_known() -> None:
+    assert set(ACTIVATIONS) == set(FUNCTIONS)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_as_functions_and_modules(name: str) -> None:
+    function, module = ACTIVATIONS[name]
+    x = torch.linspace(-5, 5, 101, dtype=torch.float64)
+    for graph, path in (
+        (capture(Net(lambda m, x: function(x)), EXAMPLE), name),
+        (capture(Net(lambda m, x: m.act(x), act=module), EXAMPLE), "act"),
+    ):
+        op = graph.ops[1]
+        assert isinstance(op, FloatLookup)
+        assert (op.path, op.inputs, op.function) == (path, ("conv",), name)
+        assert torch.equal(op.evaluate(x), function(x))
+        assert bool((op.evaluate(x[x >= 0]) >= 0).all())
+        assert op.never_negative == bool((function(x) >= 0).all())
+
+
+@pytest.mark.parametrize(
+    ("tail", "limits"),
+    [
+        (F.relu, (0, math.inf)),
+        (F.relu6, (0, 6)),
+        (lambda x: x.clamp_(0, 6), (0, 6)),
+        (lambda x: F.hardtanh(x, -2, 3), (-2, 3)),
+        (lambda x: x.clamp(max=1.5), (-math.inf, 1.5)),
+        (lambda x: F.relu(F.hardtanh(F.max_pool2d(x, 2))), (0, 1)),
+        (lambda x: F.relu6(F.interpolate(x, scale_factor=2)), (0, 6)),
+    ],
+)  # fmt: skip
+def test_clamps_go_into_the_layer(tail: Callable[[Tensor], Tensor], limits: tuple[float, float]) -> None:
+    conv = capture(Net(lambda m, x: tail(x)), EXAMPLE).ops[0]
+    assert (conv.low, conv.high) == limits
+    assert conv.relu == (limits[0] == 0)
+    assert conv.clamped
+
+
+def test_a_clamp_behind_a_concatenation_goes_into_all_its_parts() -> None:
+    def tail(m: Any, x: Tensor) -> Tensor:
+        y = F.relu(x)
+        return F.relu6(torch.cat([m.a(y), m.b(y).clamp(-1, 1), F.sigmoid(y)], 1))
+
+    graph = capture(Net(tail, a=nn.Conv2d(3, 2, 1), b=nn.Conv2d(3, 2, 1)), EXAMPLE)
+    limits = {op.path: (op.low, op.high) for op in graph.ops}
+    assert limits["a"] == (0, 6)
+    assert limits["b"] == (0, 1)
+    assert graph.ops[-1].inputs == ("a", "b", "sigmoid")
+
+
+def test_squeeze_excite() -> None:
+    def tail(m: Any, x: Tensor) -> Tensor:
+        s = m.fc(x.mean((2, 3))).sigmoid()
+        return s[:, :, None, None] * x + s.view(s.shape[0], -1, 1, 1) * x
+
+    graph = capture(Net(tail, fc=nn.Linear(3, 3)), EXAMPLE)
+    products = [op for op in graph.ops if isinstance(op, FloatMul)]
+    assert [op.inputs for op in products] == [("conv", "unsqueeze_2"), ("conv", "view")]
+    assert {op.shape for op in graph.ops if isinstance(op, FloatFlatten)} == {(3,), (3, 1), (3, 1, 1)}
+
+
+def test_concatenation_and_upsampling() -> None:
+    def tail(m: Any, x: Tensor) -> Tensor:
+        y = F.interpolate(F.max_pool2d(x, 2), size=x.shape[2:], mode="nearest-exact")
+        return torch.cat((x, torch.cat([y], 1), m.up(F.max_pool2d(x, (2, 1))), x), -3)
+
+    graph = capture(Net(tail, up=nn.Upsample(scale_factor=(2, 1))), EXAMPLE)
+    last = graph.ops[-1]
+    assert isinstance(last, FloatConcat)
+    assert (last.inputs, last.shape) == (("conv", "upsample_nearest_exact2d", "up", "conv"), (12, 8, 8))
+    assert [op.factor for op in graph.ops if isinstance(op, FloatUpsample)] == [(2, 2), (2, 1)]
+
+
+def test_groups() -> None:
+    net = Net(lambda m, x: m.bn(m.g(x)), g=nn.Conv2d(3, 6, 3, groups=3), bn=nn.BatchNorm2d(6))
+    net.bn.running_var.fill_(2.0)
+    op = capture(net, EXAMPLE).ops[1]
+    assert isinstance(op, FloatConv)
+    assert (op.groups, op.weight.shape) == (3, (6, 1, 3, 3))
+    torch.testing.assert_close(op.weight, net.g.weight / math.sqrt(2.0 + 1e-5))
+
+
 def test_padding_same_puts_the_odd_pixel_behind() -> None:
     graph = capture(Net(lambda m, x: m.even(x), even=nn.Conv2d(3, 3, (2, 5), padding="same", dilation=(3, 1))), EXAMPLE)
     even = graph.ops[1]
@@ -158,16 +259,15 @@ def test_the_model_is_left_alone() -> None:
 
 
 OPERATORS = (
-    "The model may use conv2d, linear, batch_norm, relu, add, max_pool2d, avg_pool2d, adaptive_avg_pool2d, mean, "
-    "flatten, dropout."
+    "The model may use conv2d, linear, batch_norm, relu, clamp, silu, sigmoid, tanh, hardswish, hardsigmoid, "
+    "leaky_relu, gelu, mish, add, mul, cat, interpolate, max_pool2d, avg_pool2d, adaptive_avg_pool2d, mean, flatten, "
+    "dropout."
 )
 
 
 @pytest.mark.parametrize(
     ("tail", "modules", "text"),
     [
-        (lambda m, x: m.g(x), {"g": nn.Conv2d(3, 3, 1, groups=3)},
-         "g: A convolution has one group. This one has groups=3. Use groups=1."),
         (lambda m, x: F.conv2d(x, m.conv.weight.repeat(1, 2, 1, 1)[:, :3]), {},
          ("conv2d: The weight of a convolution or linear layer is a parameter of the model. The weight of this one is "
          "computed. Remove parametrizations (weight norm, masks), or store their result as the weight.")),
@@ -213,20 +313,63 @@ OPERATORS = (
          ("reshape: A change of shape flattens whole images to vectors. This one makes (N, 24, 8) out of (N, 3, 8, 8). "
          "Use torch.flatten(x, 1).")),
         (lambda m, x: x.unsqueeze(1), {},
-         f"unsqueeze: An operator has an integer form. There is none for unsqueeze. {OPERATORS}"),
+         ("unsqueeze: A change of shape flattens whole images to vectors. This one makes (N, 1, 3, 8, 8) out of "
+         "(N, 3, 8, 8). Use torch.flatten(x, 1).")),
         (lambda m, x: F.max_pool2d(x[0], 2)[None], {},
          f"select: An operator has an integer form. There is none for select. {OPERATORS}"),
-        (lambda m, x: m.a(x), {"a": nn.SiLU()},
-         "a: An operator has an integer form. There is none for silu. Use nn.ReLU."),
-        (lambda m, x: m.a(x), {"a": nn.ReLU6()},
-         "a: An operator has an integer form. There is none for hardtanh. Use nn.ReLU."),
-        (lambda m, x: torch.cat([x, x], 1), {},
-         f"cat: An operator has an integer form. There is none for cat. {OPERATORS}"),
+        (lambda m, x: m.a(x), {"a": nn.ELU()},
+         ("a: An operator has an integer form. There is none for elu. Use nn.ReLU, nn.LeakyReLU, nn.SiLU or "
+         "nn.Hardswish.")),
+        (lambda m, x: m.a(x), {"a": nn.Hardtanh(1, 6)},
+         ("a: A clamp has numbers for limits, with 0 between them. This one has 1 and 6. Use min <= 0 and max >= 0, as "
+         "nn.ReLU, nn.ReLU6 and nn.Hardtanh do.")),
+        (lambda m, x: x.clamp(x.mean(), x.mean()), {},
+         ("clamp: A clamp has numbers for limits, with 0 between them. The limits of this one are tensors. Use min <= "
+         "0 and max >= 0, as nn.ReLU, nn.ReLU6 and nn.Hardtanh do.")),
+        (lambda m, x: (F.relu(x), F.relu6(x)), {},
+         ("relu: A ReLU or other clamp follows an operator that computes, and nothing else reads the result before the "
+         "clamp. The result of conv is read 2 times. Let the other readers read behind it, or give them a layer of "
+         "their own.")),
+        (lambda m, x: torch.cat([x, x], 2), {},
+         "cat: A concatenation joins tensors along their channels. This one has dim=2. Use dim=1."),
+        (lambda m, x: x * m.b.bias, {"b": nn.Linear(3, 8)},
+         ("mul: A product has two tensors of one shape, or a tensor and one factor per channel, (N, C, 1, 1). This one "
+         "multiplies by the parameter b.bias. Give the operands such shapes in the layers before; fold constants into "
+         "the weights there.")),
+        (lambda m, x: F.relu(torch.cat([x, m.g(x)], 1)), {"g": nn.Conv2d(3, 2, 1)},
+         ("relu: A ReLU or other clamp follows an operator that computes, and nothing else reads the result before the "
+         "clamp. The result of conv is read 2 times. Let the other readers read behind it, or give them a layer of "
+         "their own.")),
+        (lambda m, x: F.interpolate(x, size=(12, 16)), {},
+         ("upsample_nearest2d: Upsampling repeats each pixel a whole number of times. This one makes 12x16 out of 8x8. "
+         'Use mode="nearest" with an integer scale_factor.')),
+        (lambda m, x: m.u(x), {"u": nn.Upsample(scale_factor=2, mode="bilinear")},
+         'u: An operator has an integer form. There is none for upsample_bilinear2d. Use mode="nearest".'),
+        (lambda m, x: x * x.mean((2, 3), keepdim=True).expand_as(x), {},
+         ("expand_as: An operator has an integer form. There is none for expand_as. Leave it out: products spread "
+         "factors of shape (N, C, 1, 1) over the pixels themselves.")),
+        (lambda m, x: x * x[:, :, :1], {},
+         ("mul: A product has two tensors of one shape, or a tensor and one factor per channel, (N, C, 1, 1). This one "
+         "has (N, 3, 8, 8) and (N, 3, 1, 8). Give the operands such shapes in the layers before; fold constants into "
+         "the weights there.")),
+        (lambda m, x: x * m.b.bias.reshape(-1, 1, 1), {"b": nn.Conv2d(3, 3, 1)},
+         ("reshape: An operator computes with what depends on the network's input. This one computes with parameters "
+         "only. Store the result as a parameter of the layer that reads it.")),
+        (lambda m, x: x[:, :2], {},
+         ("slice: A slice takes everything. This one makes (N, 2, 8, 8) out of (N, 3, 8, 8). Let the layer before make "
+         "only what is read, or a layer for each part.")),
+        (lambda m, x: x + x.mean(), {},
+         ("mean: A mean is taken over rows and columns of feature maps. This one has dim=() on (N, 3, 8, 8). Use "
+         "dim=(2, 3).")),
         (lambda m, x: F.log_softmax(x, 1), {},
          ("log_softmax: An operator has an integer form. There is none for log_softmax. Return the logits: losses and "
          "the host apply it.")),
         (lambda m, x: x * 2, {},
-         ("mul: An operator has an integer form. There is none for mul. Fold constants into the weights of the layer "
+         ("mul: A product has two tensors of one shape, or a tensor and one factor per channel, (N, C, 1, 1). This one "
+         "multiplies by 2. Give the operands such shapes in the layers before; fold constants into the weights "
+         "there.")),
+        (lambda m, x: x / 2, {},
+         ("div: An operator has an integer form. There is none for div. Fold constants into the weights of the layer "
          "before.")),
         (lambda m, x: m.t(x), {"t": nn.ConvTranspose2d(3, 3, 2)},
          "t: An operator has an integer form. There is none for conv_transpose2d. Use nn.Conv2d."),
@@ -256,12 +399,12 @@ OPERATORS = (
          ("bn: Batch norm follows a convolution or linear layer whose result nothing else reads. The result of conv is "
          "read 2 times. Move it there, or remove it.")),
         (lambda m, x: F.relu(x) + x, {},
-         ("relu: A ReLU follows a convolution, sum or average pool whose result before the ReLU nothing else reads. "
-         "The result of conv is read 2 times. Let the other readers read behind the ReLU, or give them a layer of "
+         ("relu: A ReLU or other clamp follows an operator that computes, and nothing else reads the result before the "
+         "clamp. The result of conv is read 2 times. Let the other readers read behind it, or give them a layer of "
          "their own.")),
         (lambda m, x: (F.relu(F.max_pool2d(x, 2)), x), {},
-         ("relu: A ReLU follows a convolution, sum or average pool whose result before the ReLU nothing else reads. "
-         "The result of conv is read 2 times. Let the other readers read behind the ReLU, or give them a layer of "
+         ("relu: A ReLU or other clamp follows an operator that computes, and nothing else reads the result before the "
+         "clamp. The result of conv is read 2 times. Let the other readers read behind it, or give them a layer of "
          "their own.")),
         (lambda m, x: (x.flatten(1), F.relu_(x))[0] + x.flatten(1), {},
          ("add: A tensor that is changed in place has no other view that is read later. This call reads a view of a "
@@ -286,22 +429,23 @@ def test_models_that_compute_nothing_or_start_with_a_relu() -> None:
     assert violations(Whole(lambda x: x)) == ["model: A model computes something. This one returns its input."]
     assert violations(Whole(F.relu)) == [
         (
-            "relu: A ReLU follows a convolution, sum or average pool whose result before the ReLU nothing else reads. "
-            "This one follows the input. Let the other readers read behind the ReLU, or give them a layer of their own."
+            "relu: A ReLU or other clamp follows an operator that computes, and nothing else reads the result before "
+            "the clamp. This one follows the input. Let the other readers read behind it, or give them a layer of "
+            "their own."
         )
     ]
 
 
 def test_pools_of_other_than_images() -> None:
     text = (
-        "max_pool2d: Convolutions and pools work on feature maps of shape (N, C, H, W). This one reads the shape "
-        "(N, 3, 64). Keep the four dimensions."
+        "max_pool2d: Convolutions, pools and upsampling work on feature maps of shape (N, C, H, W). This one reads the "
+        "shape (N, 3, 64). Keep the four dimensions."
     )
     assert text in violations(Net(lambda m, x: F.max_pool2d(x.flatten(2), 2)))
 
 
 def test_all_violations_at_once() -> None:
-    net = Net(lambda m, x: m.pool(m.g(m.a(x))) + 1, a=nn.SiLU(), g=nn.Conv2d(3, 3, 1, groups=3),
+    net = Net(lambda m, x: m.pool(m.g(m.a(x))) + 1, a=nn.ELU(), g=nn.Conv2d(3, 3, 1, padding_mode="circular"),
               pool=nn.AvgPool2d(3, 1, 1, True, False))  # fmt: skip
     assert [v.split(":")[0] for v in violations(net)] == ["a", "g", "pool", "pool", "add"]
 

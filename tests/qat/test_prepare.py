@@ -344,6 +344,6 @@ def test_argument_errors() -> None:
     ):
         prepare(resnet(), QConfig(method="best"), EXAMPLE)
     with pytest.raises(
-        CompileError, match=r"^0: A convolution has one group\. This one has groups=2\. Use groups=1\.$"
+        CompileError, match=r"^1: An operator has an integer form\. There is none for elu\. Use nn\.ReLU, "
     ):
-        prepare(nn.Sequential(nn.Conv2d(2, 2, 1, groups=2)), QConfig(), torch.zeros(1, 2, 4, 4))
+        prepare(nn.Sequential(nn.Conv2d(2, 2, 1), nn.ELU()), QConfig(), torch.zeros(1, 2, 4, 4))

@@ -1,8 +1,8 @@
 """Capture a PyTorch model as a list of the operators that the integer graph can express.
 
 :func:`capture` is the first half of :func:`nibblecore.qat.prepare`: ``torch.export`` with a dynamic batch, frozen batch
-norm folded, ReLU fused into its producer, pass-through operators dropped. Every construct without an integer form is
-reported at once. What a particular core cannot run is the compiler's concern, not this module's.
+norm folded, ReLU and other clamps fused into their producers, pass-through operators dropped. Every construct without
+an integer form is reported at once. What a particular core cannot run is the compiler's concern, not this module's.
 """
 
 import copy
@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from ..errors import CompileError
 
@@ -35,14 +36,26 @@ class FloatOp:
         Names of the tensors that it reads: paths of other operators, or the graph's input.
     shape : tuple[int, ...]
         Of the result, without the batch.
-    relu : bool
-        Whether a ReLU follows at once.
+    low, high : float
+        Clamp that follows at once, ``low <= 0 <= high``: 0 and infinity for a ReLU, 0 and 6 for a ReLU6, -1 and 1 for a
+        Hardtanh.
     """
 
     path: str
     inputs: tuple[str, ...]
     shape: Shape
-    relu: bool = dataclasses.field(default=False, kw_only=True)
+    low: float = dataclasses.field(default=-math.inf, kw_only=True)
+    high: float = dataclasses.field(default=math.inf, kw_only=True)
+
+    @property
+    def relu(self) -> bool:
+        """Whether negative values become 0."""
+        return self.low == 0
+
+    @property
+    def clamped(self) -> bool:
+        """Whether any clamp follows."""
+        return math.isfinite(self.low) or math.isfinite(self.high)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,7 +74,7 @@ class FloatBatchNorm:
 class FloatConv(FloatOp):
     """Convolution, or linear layer where ``weight`` has two dimensions; frozen batch norm is folded in, or is ``norm``.
 
-    ``padding`` is top, left, bottom, right; zeros.
+    ``padding`` is top, left, bottom, right; zeros. ``weight`` has ``in / groups`` input channels.
     """
 
     weight: Tensor
@@ -69,12 +82,57 @@ class FloatConv(FloatOp):
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)
     dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
     norm: FloatBatchNorm | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FloatAdd(FloatOp):
     """Sum of two tensors of one shape."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FloatMul(FloatOp):
+    """Product of two tensors of one shape, or of ``(C, H, W)`` and then ``(C, 1, 1)``."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FloatLookup(FloatOp):
+    """A function of each value, by name in :data:`FUNCTIONS`, with the operator's other arguments."""
+
+    function: str
+    arguments: dict[str, Any]
+
+    @property
+    def never_negative(self) -> bool:
+        """Whether results are never negative, whatever is read; no function here makes 0 and more negative."""
+        return FUNCTIONS[self.function].never_negative
+
+    def evaluate(self, x: Tensor) -> Tensor:
+        """The function, without the clamp behind it."""
+        result: Tensor = FUNCTIONS[self.function].evaluate(x, **self.arguments)
+        return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Function:
+    """A scalar function: how torch computes it, and whether its results are never negative."""
+
+    evaluate: Callable[..., Tensor]
+    never_negative: bool = False
+
+
+FUNCTIONS: Final[dict[str, Function]] = {
+    "silu": Function(F.silu),
+    "sigmoid": Function(torch.sigmoid, never_negative=True),
+    "tanh": Function(torch.tanh),
+    "hardswish": Function(F.hardswish),
+    "hardsigmoid": Function(F.hardsigmoid, never_negative=True),
+    "leaky_relu": Function(F.leaky_relu),
+    "gelu": Function(F.gelu),
+    "mish": Function(F.mish),
+}
+"""What becomes a lookup table, by the name of its ATen operator. Of 0 and more, none makes negative values."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,8 +155,24 @@ class FloatAvgPool(FloatOp):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class FloatConcat(FloatOp):
+    """Its inputs one behind the other along the channels."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FloatUpsample(FloatOp):
+    """Every pixel ``factor`` times, rows and columns."""
+
+    factor: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class FloatFlatten(FloatOp):
-    """``(C, H, W)`` to ``(C*H*W,)``."""
+    """``(C, H, W)`` to ``(C*H*W,)``, which may have ones behind it, as ``(C, 1, 1)``."""
+
+
+PASS_THROUGH: Final = (FloatMaxPool, FloatFlatten, FloatConcat, FloatUpsample)
+"""Operators whose results are values that they read: no arithmetic, no grid of their own."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -203,7 +277,7 @@ class Call:
     args : dict[str, Any]
         Every argument by its name in the operator's schema, defaults included.
     shapes : dict[str, tuple[int, ...]]
-        Shape, batch left out, of every argument that is a tensor.
+        Shape, batch left out, of every argument that is a tensor, and of those in lists as ``tensors[0]``.
     shape : tuple[int, ...]
         Shape of the result, batch left out; empty where there is none.
     parameters : dict[str, str]
@@ -227,15 +301,6 @@ def explain(path: str, rule: Callable[..., Any], why: str, change: str | None = 
     """The text of a violation: path, rule, value, what to change."""
     parts = [" ".join(p.split()) for p in (inspect.getdoc(rule) or "").split("\n\n")]
     return f"{path}: {parts[0]} {why} {change or parts[1]}"
-
-
-def rule_one_group(call: Call) -> str | None:
-    """A convolution has one group.
-
-    Use groups=1.
-    """
-    groups = call.args["groups"]
-    return None if groups == 1 else f"This one has groups={groups}."
 
 
 def rule_weight_is_a_parameter(call: Call) -> str | None:
@@ -300,6 +365,62 @@ def rule_add_alpha(call: Call) -> str | None:
     return None if call.args["alpha"] == 1 else f"This one has alpha={call.args['alpha']}."
 
 
+def rule_mul_operands(call: Call) -> str | None:
+    """A product has two tensors of one shape, or a tensor and one factor per channel, (N, C, 1, 1).
+
+    Give the operands such shapes in the layers before; fold constants into the weights there.
+    """
+    if len(call.shapes) < 2:
+        other = call.parameters.get("other") or call.parameters.get("self")
+        return f"This one multiplies by {f'the parameter {other}' if other else call.args['other']}."
+    a, b = call.shapes["self"], call.shapes["other"]
+    if a == b or _is_factor(a, b) or _is_factor(b, a):
+        return None
+    return f"This one has {_with_batch(a)} and {_with_batch(b)}."
+
+
+def _is_factor(shape: Shape, of: Shape) -> bool:
+    """Whether ``shape`` is one value per channel of maps of shape ``of``."""
+    return len(of) == 3 and shape == (of[0], 1, 1)
+
+
+def rule_clamp_limits(call: Call) -> str | None:
+    """A clamp has numbers for limits, with 0 between them.
+
+    Use min <= 0 and max >= 0, as nn.ReLU, nn.ReLU6 and nn.Hardtanh do.
+    """
+    low, high = _clamp_limits(call)
+    if any(isinstance(v, (Tensor, fx.Node)) for v in (low, high)):
+        return "The limits of this one are tensors."
+    return None if low <= 0 <= high and low < high else f"This one has {low:g} and {high:g}."
+
+
+def _clamp_limits(call: Call) -> tuple[Any, Any]:
+    """Lowest and highest value of ``hardtanh`` and ``clamp``."""
+    names = ("min_val", "max_val") if "min_val" in call.args else ("min", "max")
+    low, high = (call.args.get(name) for name in names)
+    return -math.inf if low is None else low, math.inf if high is None else high
+
+
+def rule_concat_channels(call: Call) -> str | None:
+    """A concatenation joins tensors along their channels.
+
+    Use dim=1.
+    """
+    along = call.args["dim"] % (len(call.shape) + 1)
+    return None if along == 1 else f"This one has dim={call.args['dim']}."
+
+
+def rule_upsample_factor(call: Call) -> str | None:
+    """Upsampling repeats each pixel a whole number of times.
+
+    Use mode="nearest" with an integer scale_factor.
+    """
+    (rows, cols), (out_rows, out_cols) = call.shapes["input"][-2:], call.shape[-2:]
+    whole = out_rows % rows == 0 and out_cols % cols == 0
+    return None if whole else f"This one makes {out_rows}x{out_cols} out of {rows}x{cols}."
+
+
 def rule_floor_mode(call: Call) -> str | None:
     """Windows that reach over the edge are dropped.
 
@@ -341,7 +462,7 @@ def rule_mean_over_pixels(call: Call) -> str | None:
 
     Use dim=(2, 3).
     """
-    rank, dims = len(call.shapes["self"]) + 1, call.args["dim"] or ()
+    rank, dims = len(call.shapes["self"]) + 1, call.args.get("dim") or ()
     right = rank == 4 and sorted(d % rank for d in dims) == [2, 3]
     return None if right else f"This one has dim={tuple(dims)} on {_with_batch(call.shapes['self'])}."
 
@@ -355,17 +476,30 @@ def rule_float32(call: Call) -> str | None:
     return None if dtype in (None, torch.float32) else f"This call converts to {str(dtype).removeprefix('torch.')}."
 
 
+def rule_whole_slice(call: Call) -> str | None:
+    """A slice takes everything.
+
+    Let the layer before make only what is read, or a layer for each part.
+    """
+    start, end = call.args["start"] or 0, call.args["end"]
+    all_images = start == 0 and (end is None or (isinstance(end, int) and end >= 1 << 62)) and call.args["step"] == 1
+    whole = call.shape == call.shapes["self"] and (call.args["dim"] != 0 or all_images)
+    return None if whole else f"This one makes {_with_batch(call.shape)} out of {_with_batch(call.shapes['self'])}."
+
+
 def rule_flatten_all(call: Call) -> str | None:
     """A change of shape flattens whole images to vectors.
 
     Use torch.flatten(x, 1).
     """
-    whole = call.shape in (call.shapes["self"], (math.prod(call.shapes["self"]),))
+    # (C, 1, 1) is a vector too: squeeze-excite turns one into the other.
+    vector = call.shape[:1] == (math.prod(call.shapes["self"]),) and set(call.shape[1:]) <= {1}
+    whole = vector or call.shape == call.shapes["self"]
     return None if whole else f"This one makes {_with_batch(call.shape)} out of {_with_batch(call.shapes['self'])}."
 
 
 def rule_images(call: Call) -> str | None:
-    """Convolutions and pools work on feature maps of shape (N, C, H, W).
+    """Convolutions, pools and upsampling work on feature maps of shape (N, C, H, W).
 
     Keep the four dimensions.
     """
@@ -376,6 +510,14 @@ def rule_images(call: Call) -> str | None:
 def rule_known_operator(call: Call) -> str | None:
     """An operator has an integer form."""
     return None if call.target in OPERATORS else f"There is none for {call.target}."
+
+
+def rule_depends_on_the_input(call: Call) -> str:
+    """An operator computes with what depends on the network's input.
+
+    Store the result as a parameter of the layer that reads it.
+    """
+    return "This one computes with parameters only."
 
 
 def rule_one_call_per_layer(path: str, count: int) -> str | None:
@@ -395,9 +537,9 @@ def rule_batch_norm_follows_convolution(reason: str) -> str:
 
 
 def rule_relu_follows_producer(reason: str) -> str:
-    """A ReLU follows a convolution, sum or average pool whose result before the ReLU nothing else reads.
+    """A ReLU or other clamp follows an operator that computes, and nothing else reads the result before the clamp.
 
-    Let the other readers read behind the ReLU, or give them a layer of their own.
+    Let the other readers read behind it, or give them a layer of their own.
     """
     return reason
 
@@ -415,13 +557,20 @@ def _with_batch(shape: Shape) -> str:
 
 
 OPERATORS: Final[dict[str, tuple[str, tuple[Rule, ...]]]] = {
-    "conv2d": ("conv", (rule_images, rule_one_group, rule_weight_is_a_parameter, rule_bias_is_a_parameter)),
+    "conv2d": ("conv", (rule_images, rule_weight_is_a_parameter, rule_bias_is_a_parameter)),
     "linear": ("linear", (rule_linear_input, rule_weight_is_a_parameter, rule_bias_is_a_parameter)),
     "batch_norm": ("batch_norm", (rule_frozen_batch_norm,)),
     "relu": ("relu", ()),
     "relu_": ("relu", ()),
+    **{name + end: ("clamp", (rule_clamp_limits,)) for name in ("relu6", "hardtanh", "clamp") for end in ("", "_")},
+    **{name + end: ("lookup", ()) for name in FUNCTIONS for end in ("", "_")},
     "add": ("add", (rule_add_operands, rule_add_alpha)),
     "add_": ("add", (rule_add_operands, rule_add_alpha)),
+    "mul": ("mul", (rule_mul_operands,)),
+    "mul_": ("mul", (rule_mul_operands,)),
+    "cat": ("concat", (rule_concat_channels,)),
+    "upsample_nearest2d": ("upsample", (rule_images, rule_upsample_factor)),
+    "_upsample_nearest_exact2d": ("upsample", (rule_images, rule_upsample_factor)),
     "max_pool2d": ("max_pool", (rule_images, rule_floor_mode)),
     "avg_pool2d": ("avg_pool", (rule_images, rule_floor_mode, rule_average_counts_padding, rule_no_divisor)),
     "adaptive_avg_pool2d": ("adaptive_avg_pool", (rule_images, rule_adaptive_size)),
@@ -430,6 +579,8 @@ OPERATORS: Final[dict[str, tuple[str, tuple[Rule, ...]]]] = {
     "view": ("flatten", (rule_flatten_all,)),
     "reshape": ("flatten", (rule_flatten_all,)),
     "squeeze": ("flatten", (rule_flatten_all,)),
+    "unsqueeze": ("flatten", (rule_flatten_all,)),
+    "slice": ("identity", (rule_whole_slice,)),
     "dropout": ("identity", (rule_no_dropout_in_evaluation,)),
     "dropout_": ("identity", (rule_no_dropout_in_evaluation,)),
     "feature_dropout": ("identity", (rule_no_dropout_in_evaluation,)),
@@ -444,29 +595,13 @@ OPERATORS: Final[dict[str, tuple[str, tuple[Rule, ...]]]] = {
 _HINTS: Final[tuple[tuple[tuple[str, ...], str], ...]] = (
     (("conv1d", "conv3d"), "Use nn.Conv2d."),
     (("conv_transpose",), "Use nn.Conv2d."),
-    (
-        (
-            "relu6",
-            "hardtanh",
-            "clamp",
-            "silu",
-            "gelu",
-            "sigmoid",
-            "tanh",
-            "hardswish",
-            "hardsigmoid",
-            "leaky_relu",
-            "elu",
-            "prelu",
-            "mish",
-            "softplus",
-        ),
-        "Use nn.ReLU.",
-    ),
+    (("elu", "prelu", "celu", "selu", "softplus", "softsign"), "Use nn.ReLU, nn.LeakyReLU, nn.SiLU or nn.Hardswish."),
     (("softmax", "log_softmax"), "Return the logits: losses and the host apply it."),
     (("max_pool2d_with_indices",), "Use return_indices=False."),
     (("matmul", "mm", "bmm", "addmm", "einsum"), "Use nn.Linear or nn.Conv2d."),
-    (("mul", "div", "sub", "neg"), "Fold constants into the weights of the layer before."),
+    (("upsample",), 'Use mode="nearest".'),
+    (("expand",), "Leave it out: products spread factors of shape (N, C, 1, 1) over the pixels themselves."),
+    (("div", "sub", "neg"), "Fold constants into the weights of the layer before."),
     (("pad", "constant_pad_nd"), "Use the padding of the convolution or pool behind it, with zeros."),
     (("group_norm", "layer_norm", "instance_norm", "rms_norm"), "Use nn.BatchNorm2d behind a convolution."),
     (("dropout",), "Use nn.Dropout."),
@@ -482,7 +617,12 @@ def _hint(target: str) -> str:
         "linear",
         "batch_norm",
         "relu",
+        "clamp",
+        *FUNCTIONS,
         "add",
+        "mul",
+        "cat",
+        "interpolate",
         "max_pool2d",
         "avg_pool2d",
         "adaptive_avg_pool2d",
@@ -506,8 +646,8 @@ class _BatchNorm(FloatOp):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Relu(FloatOp):
-    pass
+class _Clamp(FloatOp):
+    """``low`` and ``high`` are the limits of the operator itself."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -591,10 +731,13 @@ class _Reader:
         name = target._schema.name.removeprefix("aten::")
         call = self._call(node, name)
         kind, rules = OPERATORS.get(name, ("unsupported", ()))
-        found = [explain(call.path, rule, why) for rule in rules if (why := rule(call)) is not None]
+        sources = [n for n in node.all_input_nodes if n in self.refs]
         if kind == "unsupported" and (why := rule_known_operator(call)) is not None:
             found = [explain(call.path, rule_known_operator, why, _hint(name))]
-        sources = [n for n in node.all_input_nodes if n in self.refs]
+        elif not sources:
+            found = [explain(call.path, rule_depends_on_the_input, rule_depends_on_the_input(call))]
+        else:
+            found = [explain(call.path, rule, why) for rule in rules if (why := rule(call)) is not None]
         for source in sources:
             if (stale := self.refs[source].stale) is not None:
                 found.append(explain(call.path, rule_no_alias_after_change, rule_no_alias_after_change(stale)))
@@ -615,9 +758,11 @@ class _Reader:
                 args[argument.name] = node.args[index]
             else:
                 args[argument.name] = node.kwargs.get(argument.name, argument.default_value)
+        # Of lists of tensors, each item by its number.
+        items = {f"{k}[{i}]": a for k, v in args.items() if isinstance(v, (list, tuple)) for i, a in enumerate(v)}
         shapes = {
             k: tuple(a.meta["val"].shape[1:])
-            for k, a in args.items()
+            for k, a in (args | items).items()
             if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), Tensor) and a not in self.parameters
         }
         parameters = {k: self.parameters[a] for k, a in args.items() if isinstance(a, fx.Node) and a in self.parameters}
@@ -681,7 +826,7 @@ class _Reader:
             sides = (total[0] // 2, total[1] // 2, total[0] - total[0] // 2, total[1] - total[1] // 2)
         else:
             sides = _pair(padding) * 2
-        self._layer(node, call, weight, _pair(call.args["stride"]), sides, dilation)
+        self._layer(node, call, weight, _pair(call.args["stride"]), sides, dilation, int(call.args["groups"]))
 
     def _linear(self, node: fx.Node, call: Call) -> None:
         weight = self._value(call, "weight")
@@ -709,8 +854,41 @@ class _Reader:
         self._emit(_BatchNorm(self._unique(path), inputs, call.shape, factor, offset, norm), node)
 
     def _relu(self, node: fx.Node, call: Call) -> None:
-        self._emit(_Relu(self._unique(call.path), (self._source(call, "self"),), call.shape), node)
+        self._emit(_Clamp(self._unique(call.path), (self._source(call, "self"),), call.shape, low=0.0), node)
         self._changed_in_place(node, call)
+
+    def _clamp(self, node: fx.Node, call: Call) -> None:
+        low, high = (0.0, 6.0) if call.target.startswith("relu6") else map(float, _clamp_limits(call))
+        op = _Clamp(self._unique(call.path), (self._source(call, "self"),), call.shape, low=low, high=high)
+        self._emit(op, node)
+        self._changed_in_place(node, call)
+
+    def _lookup(self, node: fx.Node, call: Call) -> None:
+        inputs = (self._source(call, "self"),)
+        arguments = {name: value for name, value in call.args.items() if name != "self"}
+        function = call.target.removesuffix("_")
+        self._emit(FloatLookup(self._unique(call.path), inputs, call.shape, function, arguments), node)
+        self._changed_in_place(node, call)
+
+    def _mul(self, node: fx.Node, call: Call) -> None:
+        names = ("self", "other") if call.shapes["self"] == call.shape else ("other", "self")
+        inputs = tuple(self._source(call, name) for name in names)
+        self._emit(FloatMul(self._unique(call.path), inputs, call.shape), node)
+        self._changed_in_place(node, call)
+
+    def _concat(self, node: fx.Node, call: Call) -> None:
+        inputs = tuple(self.refs[n].name for n in call.args["tensors"])
+        if len(inputs) == 1:
+            self.refs[node] = _Ref(inputs[0], len(self.refs) + 1)
+            return
+        self._emit(FloatConcat(self._unique(call.path), inputs, call.shape), node)
+
+    def _upsample(self, node: fx.Node, call: Call) -> None:
+        (rows, cols), (out_rows, out_cols) = call.shapes["input"][-2:], call.shape[-2:]
+        inputs = (self._source(call, "input"),)
+        self._emit(
+            FloatUpsample(self._unique(call.path), inputs, call.shape, (out_rows // rows, out_cols // cols)), node
+        )
 
     def _add(self, node: fx.Node, call: Call) -> None:
         inputs = (self._source(call, "self"), self._source(call, "other"))
@@ -803,14 +981,14 @@ def _is_plain(structure: Any) -> bool:
 
 
 class _Fused:
-    """Operators in the making: lookup and replacement by name, and the names of fused operators."""
+    """Operators in the making: found and replaced by name, and the names of fused operators."""
 
     def __init__(self, fold: bool) -> None:
         self.fold = fold
         self.ops: dict[str, FloatOp] = {}
         self.aliases: dict[str, str] = {}
-        self.unrectified: set[str] = set()
-        """Tensors that something else than a ReLU reads."""
+        self.unclamped: set[str] = set()
+        """Tensors that something else than clamps reads, or different clamps."""
 
     def alias(self, name: str) -> str:
         while name in self.aliases:
@@ -819,17 +997,20 @@ class _Fused:
 
 
 def _fuse(ops: list[FloatOp], outputs: list[str], violations: list[str], fold: bool) -> _Fused:
-    """Fold batch norms into convolutions, or attach them, and ReLUs into whatever comes before them."""
+    """Fold batch norms into convolutions, or attach them, and clamps into whatever comes before them."""
     fused = _Fused(fold)
     for kind, rule, fuse in (
         (_BatchNorm, rule_batch_norm_follows_convolution, _fuse_batch_norm),
-        (_Relu, rule_relu_follows_producer, _fuse_relu),
+        (_Clamp, rule_relu_follows_producer, _fuse_clamp),
     ):
         # Each round sees the names that the round before has left.
         ops = [dataclasses.replace(op, inputs=tuple(map(fused.alias, op.inputs))) for op in ops]
         reads = Counter([name for op in ops for name in op.inputs] + [fused.alias(name) for name in outputs])
-        fused.unrectified = {name for op in ops if not isinstance(op, _Relu) for name in op.inputs}
-        fused.unrectified |= {fused.alias(name) for name in outputs}
+        limits: dict[str, set[tuple[float, float] | None]] = {fused.alias(name): {None} for name in outputs}
+        for op in ops:
+            for name in op.inputs:
+                limits.setdefault(name, set()).add((op.low, op.high) if isinstance(op, _Clamp) else None)
+        fused.unclamped = {name for name, found in limits.items() if None in found or len(found) > 1}
         fused.ops = {}
         for op in ops:
             if not isinstance(op, kind):
@@ -864,44 +1045,50 @@ def _fuse_batch_norm(fused: _Fused, op: FloatOp, source: str, read: str, reads: 
     return None
 
 
-def _fuse_relu(
+def _fuse_clamp(
     fused: _Fused, op: FloatOp, source: str, read: str, reads: Counter[str], moving: bool = False
 ) -> str | None:
-    """Set ``relu`` on the producer of ``source``; what is in the way, as a sentence, or None.
+    """Clamp the producer of ``source``; what is in the way, as a sentence, or None.
 
-    ``moving``: the ReLU stood behind a pool or a flattening, which is now the one that reads ``source``.
+    ``moving``: the clamp stood behind a pool or another operator of values that pass through, which is now the one that
+    reads ``source``.
     """
     producer = fused.ops.get(source)
     if producer is None:
         return "This one follows the input."
-    if isinstance(producer, _Unsupported) or _is_rectified(fused, producer):
+    if isinstance(producer, _Unsupported) or _is_within(fused, producer, op.low, op.high):
         return None
-    if read in fused.unrectified and not moving:
+    if read in fused.unclamped and not moving:
         return f"The result of {producer.path} is read {reads[read]} times."
-    if isinstance(producer, (FloatMaxPool, FloatFlatten)):
-        # The largest of rectified values is the rectified largest: the ReLU moves up.
-        behind = producer.inputs[0]
-        if reads[behind] > 1:
-            return f"The result of {behind} is read {reads[behind]} times."
-        return _fuse_relu(fused, op, behind, behind, reads, moving=True)
-    fused.ops[source] = dataclasses.replace(producer, relu=True)
+    if isinstance(producer, PASS_THROUGH):
+        # The largest of clamped values is the clamped largest, and so on: the clamp moves up.
+        for behind in dict.fromkeys(producer.inputs):
+            if _is_within(fused, fused.ops.get(behind), op.low, op.high):
+                continue
+            if reads[behind] > producer.inputs.count(behind):
+                return f"The result of {behind} is read {reads[behind]} times."
+            if (why := _fuse_clamp(fused, op, behind, behind, reads, moving=True)) is not None:
+                return why
+        return None
+    fused.ops[source] = dataclasses.replace(producer, low=max(producer.low, op.low), high=min(producer.high, op.high))
     return None
 
 
-def _is_rectified(fused: _Fused, op: FloatOp | None) -> bool:
-    """Whether a ReLU behind ``op`` would change nothing."""
+def _is_within(fused: _Fused, op: FloatOp | None, low: float, high: float) -> bool:
+    """Whether a clamp behind ``op`` would change nothing."""
     if op is None:
         return False
-    passes = isinstance(op, (FloatMaxPool, FloatFlatten))
-    return op.relu or (passes and _is_rectified(fused, fused.ops.get(op.inputs[0])))
+    passes = isinstance(op, PASS_THROUGH)
+    within = op.low >= low and op.high <= high
+    return within or (passes and all(_is_within(fused, fused.ops.get(name), low, high) for name in op.inputs))
 
 
 def walk_readers(graph: FloatGraph, name: str) -> Iterator[FloatOp | None]:
-    """Who requantizes what it reads from tensor ``name``, looking through max-pools and flattening; None: the host."""
+    """Who computes with what it reads from tensor ``name``, looking through :data:`PASS_THROUGH`; None: the host."""
     if name in leaves(graph.outputs):
         yield None
     for op in graph.readers(name):
-        if isinstance(op, (FloatMaxPool, FloatFlatten)):
+        if isinstance(op, PASS_THROUGH):
             yield from walk_readers(graph, op.path)
         else:
             yield op

@@ -11,8 +11,9 @@ from ..errors import CompileError
 from ..frontend.from_torch import leaves
 from ..ir import graph as ir
 from ..ir.verify import verify
-from .layers import QuantAdd, QuantAvgPool2d, QuantConv2d, QuantFlatten, QuantLayer, QuantMaxPool2d
+from .layers import QuantAdd, QuantAvgPool2d, QuantConv2d, QuantLayer, QuantOp
 from .methods import ActQuantizer, InputQuantizer
+from .operators import QuantConcat, QuantFlatten, QuantLookup, QuantMaxPool2d, QuantMul, QuantUpsample
 from .prepare import QuantModel
 
 
@@ -73,9 +74,10 @@ class _Converter:
         )
 
     @staticmethod
-    def _clamps(quantizer: ActQuantizer) -> tuple[int, int]:
+    def _clamps(module: QuantOp) -> tuple[int, int]:
         """Stored codes; the lowest one of a rectified grid is its zero, which makes the clamp a ReLU."""
-        return quantizer.zero + quantizer.low, quantizer.zero + quantizer.high
+        low, high = module.code_limits()
+        return module.grid().zero + low, module.grid().zero + high
 
     def _node(self, path: str, inputs: tuple[str, ...], module: nn.Module) -> None:
         operands = [self.tensors[n] for n in inputs]
@@ -85,9 +87,18 @@ class _Converter:
             self._add(path, inputs, module)
         elif isinstance(module, QuantAvgPool2d):
             self._avg_pool(path, inputs, module, operands[0])
+        elif isinstance(module, QuantMul):
+            self._mul(path, inputs, module)
+        elif isinstance(module, QuantLookup):
+            self._lookup(path, inputs, module, operands[0])
+        elif isinstance(module, QuantConcat):
+            self._same_grid(path, operands[0])
+            self.nodes.append(ir.Concat(path, inputs, path))
+        elif isinstance(module, QuantUpsample):
+            self._same_grid(path, operands[0])
+            self.nodes.append(ir.Upsample(path, inputs, path, module.factor))
         elif isinstance(module, QuantMaxPool2d):
-            (x,) = operands
-            self.tensors[path] = ir.TensorType(self._shape(path), x.bits, x.scale, x.zero)
+            self._same_grid(path, operands[0])
             self.nodes.append(
                 ir.MaxPool(path, inputs, path, module.kernel, module.stride, module.padding * 2, module.dilation)
             )
@@ -97,8 +108,11 @@ class _Converter:
             if x.shape == self._shape(path):
                 self.aliases[path] = inputs[0]
                 return
-            self.tensors[path] = ir.TensorType(self._shape(path), x.bits, x.scale, x.zero)
+            self._same_grid(path, x)
             self.nodes.append(ir.Flatten(path, inputs, path))
+
+    def _same_grid(self, path: str, x: ir.TensorType) -> None:
+        self.tensors[path] = ir.TensorType(self._shape(path), x.bits, x.scale, x.zero)
 
     def _multiplier(self, path: str, ratio: float) -> tuple[int, int]:
         try:
@@ -128,7 +142,7 @@ class _Converter:
             low = high = 0
         else:
             y = self._output_type(path, module.output_quantizer)
-            low, high = self._clamps(module.output_quantizer)
+            low, high = self._clamps(module)
         self.tensors[path] = y
         if not (
             np.isfinite(scale).all()
@@ -149,11 +163,13 @@ class _Converter:
                 return
             records[:, channel] = record
         bias, mult, shift = records
-        geometry = (1, 1), (0, 0, 0, 0), (1, 1)
+        geometry, groups = ((1, 1), (0, 0, 0, 0), (1, 1)), 1
         if isinstance(module, QuantConv2d):
-            geometry = module.stride, module.padding, module.dilation
+            geometry, groups = (module.stride, module.padding, module.dilation), module.groups
         bits = module.weight_quantizer.storage_bits
-        self.nodes.append(ir.Conv(path, inputs, path, weight, bits, scale, bias, mult, shift, *geometry, low, high))
+        self.nodes.append(
+            ir.Conv(path, inputs, path, weight, bits, scale, bias, mult, shift, *geometry, low, high, groups)
+        )
 
     def _record(
         self,
@@ -212,21 +228,43 @@ class _Converter:
         scales = [self.tensors[n].scale for n in inputs]
         assert isinstance(scales[0], float)
         assert isinstance(scales[1], float)
-        self.tensors[path] = self._output_type(path, module.output_quantizer)
+        self.tensors[path] = self._output_type(path, module.grid())
         try:
             k_a, k_b, n = module.factors(scales[0], scales[1])
         except ValueError:
-            y_scale = float(module.output_quantizer.scale().detach())
+            y_scale = float(module.grid().scale().detach())
             self.violations.append(
                 f"{path}: The factors of a sum are below 16384. These are {scales[0] / y_scale:g} and "
                 f"{scales[1] / y_scale:g}. Calibrate again: the step of the sum is far too small for its values."
             )
             return
-        self.nodes.append(ir.ResidualAdd(path, inputs, path, k_a, k_b, n, *self._clamps(module.output_quantizer)))
+        self.nodes.append(ir.ResidualAdd(path, inputs, path, k_a, k_b, n, *self._clamps(module)))
+
+    def _mul(self, path: str, inputs: tuple[str, ...], module: QuantMul) -> None:
+        scales = [self.tensors[n].scale for n in inputs]
+        assert isinstance(scales[0], float)
+        assert isinstance(scales[1], float)
+        self.tensors[path] = self._output_type(path, module.grid())
+        try:
+            k, n = module.factor(scales[0], scales[1])
+        except ValueError:
+            ratio = scales[0] * scales[1] / float(module.grid().scale().detach())
+            self.violations.append(
+                f"{path}: The factor of a product is below 16384. This one is {ratio:g}. Calibrate again: the step of "
+                "the product is far too small for its values."
+            )
+            return
+        self.nodes.append(ir.ChannelMul(path, inputs, path, k, n, *self._clamps(module)))
+
+    def _lookup(self, path: str, inputs: tuple[str, ...], module: QuantLookup, x: ir.TensorType) -> None:
+        assert isinstance(x.scale, float)
+        y = self.tensors[path] = self._output_type(path, module.grid())
+        table = module.table(x.scale, x.zero).numpy() + y.zero
+        self.nodes.append(ir.Lookup(path, inputs, path, table, module.function))
 
     def _avg_pool(self, path: str, inputs: tuple[str, ...], module: QuantAvgPool2d, x: ir.TensorType) -> None:
         assert isinstance(x.scale, float)
-        y = self.tensors[path] = self._output_type(path, module.output_quantizer)
+        y = self.tensors[path] = self._output_type(path, module.grid())
         assert isinstance(y.scale, float)
         window = module.kernel[0] * module.kernel[1]
         mult, shift = self._multiplier(path, x.scale / (window * y.scale))
@@ -241,6 +279,6 @@ class _Converter:
                 -x.zero * window,
                 mult,
                 shift,
-                *self._clamps(module.output_quantizer),
+                *self._clamps(module),
             )
         )

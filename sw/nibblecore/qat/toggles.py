@@ -28,11 +28,13 @@ def _chosen(
 ) -> list[WeightQuantizer | ActQuantizer | InputQuantizer]:
     # A grid that layers share is found under the path of each.
     kinds = (*((WeightQuantizer,) if weights else ()), *((ActQuantizer, InputQuantizer) if activations else ()))
-    found = {
-        part: None
-        for path, part in module.named_modules(remove_duplicate=False)
-        if isinstance(part, kinds) and fnmatch.fnmatchcase(_layer(path), pattern)
-    }
+    found: dict[WeightQuantizer | ActQuantizer | InputQuantizer, None] = {}
+    for path, part in module.named_modules(remove_duplicate=False):
+        if isinstance(part, kinds) and fnmatch.fnmatchcase(_layer(path), pattern):
+            found[part] = None
+        shared = getattr(part, "output_quantizer", None)
+        if isinstance(shared, kinds) and fnmatch.fnmatchcase(path, pattern):
+            found[shared] = None
     return list(found)
 
 
