@@ -1,15 +1,17 @@
 """The commands that hardware adds to ``nibblecore``: ``verilog`` and ``synth``."""
 
 import dataclasses
-import tempfile
+import time
 from pathlib import Path
 
 import typer
 
 from nibblecore.arch.config import ArchConfig, get_arch
 from nibblecore.cli.console import ARCH_OPTION, ERR, JSON_OPTION, OUT, print_json, require_output_folder, say, table
-from nibblecore.errors import ConfigError
 from nibblecore.files import write_atomically
+
+from .parts import PARTS, build_part
+from .synth.devices import DEVICES, get_device
 
 ELEMENT_OPTION = typer.Option(
     None, "--element", help="Processing element instead of the core's own: generic, bitplane."
@@ -52,47 +54,51 @@ def verilog(
 def synth(
     arch: str = ARCH_OPTION,
     element: str | None = ELEMENT_OPTION,
-    device: str = typer.Option("ecp5-85k", "--device", "-d", help="FPGA: ecp5-12k, ecp5-25k, ecp5-45k or ecp5-85k."),
-    part: str = typer.Option("core", "--part", help="core, or array: the MAC array alone."),
+    device: str = typer.Option("ecp5-85k", "--device", "-d", help=f"FPGA: {', '.join(DEVICES)}."),
+    part: str = typer.Option("core", "--part", help=f"{', '.join(PARTS)}."),
     seeds: int = typer.Option(1, "--seeds", min=1, help="Placement seeds; best and median are printed."),
-    work: Path | None = typer.Option(None, "--work", help="Folder that keeps netlist, logs and reports."),
+    frequency: float | None = typer.Option(
+        None, "--freq", min=1, help="Clock in MHz that nextpnr strives for, instead of the device's usual one."
+    ),
+    work: Path | None = typer.Option(None, "--work", help="Folder that keeps netlist, logs and nextpnr's reports."),
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """Synthesize, place and route a core with Yosys and nextpnr, and print what it costs and how fast it is."""
-    from .core.array import SystolicArray
-    from .synth import DEVICES, synthesize
-    from .top import Accelerator
+    """Synthesize, place and route a core with Yosys and nextpnr, and print what it costs and how fast it is.
+
+    Results are kept by the hash of what made them: asking twice is free.
+    """
+    from .synth.run import synthesize
 
     config = _arch(arch, element)
-    if device not in DEVICES:
-        raise ConfigError(f"there is no device {device!r}; known are {', '.join(DEVICES)}")
-    if part not in ("core", "array"):
-        raise ConfigError(f"part must be core or array, not {part!r}")
-    component = Accelerator(config, technology="ecp5") if part == "core" else SystolicArray(config, technology="ecp5")
-    with tempfile.TemporaryDirectory(prefix="nibblecore-synth-") as scratch, ERR.status("") as status:
+    fpga = get_device(device)
+    component = build_part(part, config, technology=fpga.technology)
+    began = time.monotonic()
+    with ERR.status("") as status:
+
+        def show(text: str) -> None:
+            status.update(f"{config.name} ({part}) on {device}, {time.monotonic() - began:.0f} s: {text}")
+
         report = synthesize(
-            component,
-            config,
-            DEVICES[device],
-            work or Path(scratch),
-            part=part,
-            seeds=seeds,
-            report=lambda text: status.update(f"{config.name} on {device}: {text}"),
+            component, config, fpga, part=part, seeds=seeds, frequency_mhz=frequency, work=work, report=show
         )
     if as_json:
         print_json(dataclasses.asdict(report))
         return
-    fpga = DEVICES[device]
     result = table(f"{config.name} ({config.element}) on {device}, {part}", "what", "used>", "share>")
-    result.add_row("LUT4 sites", str(report.lut), f"{report.lut / fpga.lut:.1%}")
-    result.add_row("LUT RAM", str(report.lutram), f"{2 * report.lutram / fpga.lut:.1%}")
-    result.add_row("flip-flops", str(report.ff), f"{report.ff / fpga.lut:.1%}")
-    result.add_row("block RAM (DP16KD)", str(report.bram), f"{report.bram / fpga.bram:.1%}")
-    result.add_row("multipliers (MULT18X18D)", str(report.dsp), f"{report.dsp / fpga.dsp:.1%}")
+    result.add_row("LUT4 sites", f"{report.lut:,}", f"{report.lut / fpga.lut:.1%}")
+    if fpga.lutram:
+        result.add_row("LUT RAM cells", f"{report.lutram:,}", f"{report.lutram / fpga.lutram:.1%}")
+    result.add_row("flip-flops", f"{report.ff:,}", f"{report.ff / fpga.ff:.1%}")
+    result.add_row("block RAMs", str(report.bram), f"{report.bram / fpga.bram:.1%}")
+    if fpga.spram:
+        result.add_row("single-port RAMs", str(report.spram), f"{report.spram / fpga.spram:.1%}")
+    result.add_row("multipliers", str(report.dsp), f"{report.dsp / fpga.dsp:.1%}")
     result.add_row("sites per MAC", f"{report.sites_per_mac:.1f}", "")
     result.add_row(
         "Fmax, best / median", f"{report.fmax_mhz:.1f} / {report.fmax_median_mhz:.1f} MHz", f"{seeds} seed(s)"
     )
-    result.add_row("tools", f"{report.seconds:.0f} s", f"{report.peak_memory_mb:.0f} MB")
+    result.add_row(
+        "tools", f"{report.seconds:.0f} s", f"{report.peak_memory_mb:.0f} MB{', kept' if report.cached else ''}"
+    )
     OUT.print(result)
-    OUT.print("critical path:\n  " + "\n  ".join(report.critical_path), highlight=False)
+    OUT.print("critical path:\n  " + "\n  ".join(report.critical_path), highlight=False, soft_wrap=True)

@@ -34,6 +34,7 @@ import find_libpython
 from cocotb_tools.runner import get_runner
 
 from nibblecore.errors import SimulationError, ToolchainError
+from nibblecore.files import cache_dir
 from nibblecore_hw.verilog import to_verilog
 
 from .toolchain import find_icarus, find_verilator
@@ -51,14 +52,6 @@ TIMESCALE = ("1ns", "1ps")
 
 # Part of every key: change it when builds made by older code must not be used any more.
 _FORMAT = 1
-
-
-def cache_dir() -> Path:
-    """Where builds are: ``$NIBBLECORE_CACHE``, else ``$XDG_CACHE_HOME/nibblecore``, else ``~/.cache/nibblecore``."""
-    if chosen := os.environ.get("NIBBLECORE_CACHE"):
-        return Path(chosen).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache").absolute() / "nibblecore"
 
 
 def clear_cache() -> None:

@@ -1,4 +1,4 @@
-"""Files that are complete or not there."""
+"""Files that are complete or not there, and where those that can be made again are kept."""
 
 import os
 import tempfile
@@ -17,6 +17,17 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def cache_dir() -> Path:
+    """Where builds and results of tools are kept.
+
+    ``$NIBBLECORE_CACHE``, else ``$XDG_CACHE_HOME/nibblecore``, else ``~/.cache/nibblecore``.
+    """
+    if chosen := os.environ.get("NIBBLECORE_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache").absolute() / "nibblecore"
 
 
 def _umask() -> int:

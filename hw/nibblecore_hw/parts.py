@@ -1,0 +1,52 @@
+"""The core's parts by name, each as it is built on its own: to be counted, placed and timed."""
+
+from typing import Any, Final
+
+from nibblecore.arch.config import ArchConfig
+from nibblecore.errors import ConfigError
+
+PARTS: Final = ("core", "array", "mac", "post", "requantizer", "load", "store", "control")
+"""``core``: everything. ``mac``: the array with its accumulators and sequencer. ``requantizer``: one lane."""
+
+
+def build_part(part: str, arch: ArchConfig, *, technology: str) -> Any:
+    """The component of one part; :class:`ConfigError` lists the names where there is none.
+
+    Parameters
+    ----------
+    part : str
+        One of :data:`PARTS`.
+    arch : ArchConfig
+    technology : str
+        See :class:`nibblecore_hw.top.Accelerator`.
+    """
+    from .core.array import SystolicArray
+    from .core.mac import MacEngine
+    from .core.post import PostUnit
+    from .core.requantize import RequantLane
+    from .ctrl.control import Control
+    from .dma.load import LoadDma
+    from .dma.store import StoreDma
+    from .top import Accelerator
+
+    match part:
+        case "core":
+            return Accelerator(arch, technology=technology)
+        case "array":
+            return SystolicArray(arch, technology=technology)
+        case "mac":
+            return MacEngine(arch, technology=technology)
+        case "post":
+            return PostUnit(arch)
+        case "requantizer":
+            return RequantLane(acc_bits=arch.acc_bits)
+        case "load":
+            return LoadDma(arch=arch)
+        case "store":
+            return StoreDma(arch=arch)
+        case "control":
+            return Control(arch=arch)
+    raise ConfigError(f"there is no part {part!r}; known are {', '.join(PARTS)}")
+
+
+__all__ = ["PARTS", "build_part"]

