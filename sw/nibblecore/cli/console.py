@@ -60,6 +60,11 @@ def require_output_folder(path: Path) -> Path:
     return path
 
 
+def transports() -> list[str]:
+    """Every way to run a program, installed packages included."""
+    return ["golden", *sorted(e.name for e in metadata.entry_points(group=TRANSPORT_GROUP))]
+
+
 def open_transport(kind: str, arch: ArchConfig, **options: Any) -> Transport:
     """A core of the named kind: ``golden``, or one that another package registers (``rtl``)."""
     if kind == "golden":
@@ -67,7 +72,7 @@ def open_transport(kind: str, arch: ArchConfig, **options: Any) -> Transport:
     found = {e.name: e for e in metadata.entry_points(group=TRANSPORT_GROUP)}
     if kind not in found:
         raise NibbleError(
-            f"there is no way to run on {kind!r}; installed are {', '.join(['golden', *sorted(found)])}",
+            f"there is no way to run on {kind!r}; installed are {', '.join(transports())}",
             hint="RTL simulation comes with: pip install 'nibblecore[sim]'",
         )
     try:

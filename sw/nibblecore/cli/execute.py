@@ -1,4 +1,4 @@
-"""``run``, ``diff`` and ``estimate``: execute programs, compare executions, predict them."""
+"""``run`` and ``estimate``: execute programs, predict them."""
 
 from pathlib import Path
 from typing import Any
@@ -7,15 +7,13 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
-from ..arch.config import get_arch
 from ..arch.regs import COUNTER_DOC, Counter
 from ..errors import NibbleError
 from ..files import write_atomically
 from ..runtime.device import Device, Result
-from ..runtime.program import Program, TensorBinding
-from .build import SOURCE_ARGUMENT, WEIGHTS_OPTION, compile_timed, load_graph, report
+from ..runtime.program import Program
+from .build import report
 from .console import (
-    ARCH_OPTION,
     JSON_OPTION,
     OUT,
     open_transport,
@@ -35,21 +33,18 @@ INPUT_OPTION = typer.Option(
 RANDOM_OPTION = typer.Option(1, "--random", help="Seed of a random image, where there is no --input.")
 
 
-def load_images(path: Path | None, binding: TensorBinding, seed: int) -> list[Array]:
-    """The images of a .npy file, or one of random codes."""
+def load_images(path: Path | None, name: str, shape: tuple[int, int, int], bits: int, seed: int) -> list[Array]:
+    """The images of a .npy file, or one of random codes, for the input of that name."""
     if path is None:
-        low, high = -(1 << binding.bits - 1), 1 << binding.bits - 1
-        return [np.random.default_rng(seed).integers(low, high, binding.shape)]
+        return [np.random.default_rng(seed).integers(-(1 << bits - 1), 1 << bits - 1, shape)]
     try:
         array: Array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise NibbleError(f"{path}: is not a NumPy array file ({error})", hint="Write it with numpy.save.") from None
     if array.ndim == 3:
         array = array[None]
-    if array.ndim != 4 or array.shape[1:] != binding.shape:
-        raise NibbleError(
-            f"{path}: has shape {array.shape}; the input {binding.name!r} takes {binding.shape} per image"
-        )
+    if array.ndim != 4 or array.shape[1:] != shape:
+        raise NibbleError(f"{path}: has shape {array.shape}; the input {name!r} takes {shape} per image")
     return list(array)
 
 
@@ -68,7 +63,8 @@ def run(
         raise NibbleError("--waves needs a simulation of hardware.", hint="Add --on rtl.")
     if output is not None:
         require_output_folder(output)
-    given = load_images(images, loaded.inputs[0], random)
+    binding = loaded.inputs[0]
+    given = load_images(images, binding.name, binding.shape, binding.bits, random)
     results = execute(loaded, on, given, quiet=as_json, **({"waves": waves} if waves is not None else {}))
     real = np.stack([r.real() for r in results])
     if output is not None:
@@ -119,50 +115,6 @@ def execute(program: Program, on: str, images: list[Array], *, quiet: bool, **op
             results.append(device.run(image))
             bar.advance(task)
         return results
-
-
-def diff(
-    source: str = SOURCE_ARGUMENT,
-    weights: Path | None = WEIGHTS_OPTION,
-    arch: str = ARCH_OPTION,
-    images: Path | None = INPUT_OPTION,
-    random: int = RANDOM_OPTION,
-    on: str = typer.Option("golden,rtl", "--on", help="What to compare with the integer graph."),
-    as_json: bool = JSON_OPTION,
-) -> None:
-    """Compare integer graph, golden model and RTL tensor by tensor, and name the first that differs."""
-    from ..ir.interpret import run as interpret
-
-    graph = load_graph(source, weights)
-    program, _ = compile_timed(graph, get_arch(arch), dump_tensors=True)
-    binding = program.inputs[0]
-    given = load_images(images, binding, random)
-    codes = [binding.quantize(x) if np.issubdtype(x.dtype, np.floating) else x for x in given]
-    want = interpret(graph, {binding.name: np.stack(codes)}, keep=True)
-    names = [b.name for b in (*program.tensors, *program.outputs)]
-    rows: list[dict[str, Any]] = []
-    first: dict[str, str] = {}
-    for where in on.split(","):
-        results = execute(program, where, codes, quiet=as_json)
-        for name in names:
-            got = np.stack([{**r.tensors, **r.outputs}[name] for r in results])
-            wrong = int((got != want[name]).sum())
-            rows.append({"tensor": name, "on": where, "codes": got.size, "mismatches": wrong})
-            if wrong and where not in first:
-                place = tuple(int(k) for k in np.argwhere(got != want[name])[0])
-                first[where] = f"{name}{list(place)}: {got[place]}, not {want[name][place]}"
-    if as_json:
-        print_json({"tensors": rows, "first": first, "mismatches": sum(r["mismatches"] for r in rows)})
-    else:
-        result = table(f"{program.name} against its integer graph", "tensor", "on", "codes>", "mismatches>")
-        for r in rows:
-            colour = "red" if r["mismatches"] else "green"
-            result.add_row(r["tensor"], r["on"], f"{r['codes']:,}", f"[{colour}]{r['mismatches']}")
-        OUT.print(result)
-        for where, text in first.items():
-            OUT.print(f"[red]{where} differs first at {text}", highlight=False)
-    if first:
-        raise typer.Exit(1)
 
 
 def estimate(
