@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .calibration import affine_grid
 from .lsq import STEP_MIN, NearestPowerOfTwo, quantize
 from .methods import METHODS, ActQuantizer, Method, MethodOptions, WeightQuantizer
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from ..arch import numerics
 from ..frontend.from_torch import FloatAvgPool, FloatBatchNorm, FloatConv
 from .methods import ActQuantizer, WeightQuantizer
+from .powers import exponent, power_of_two
 
 
 class Grid(NamedTuple):
@@ -34,8 +35,7 @@ def round_ratio(ratio: Tensor) -> Tensor:
 
     ``ratio`` must be positive; magnitudes that the record cannot hold are :func:`nibblecore.qat.convert`'s to refuse.
     """
-    exponent = torch.frexp(ratio).exponent
-    unit = torch.ldexp(torch.ones_like(ratio), (numerics.MULT_BITS - 1 - exponent).clamp(max=numerics.SHIFT_MAX))
+    unit = power_of_two((numerics.MULT_BITS - 1 - exponent(ratio)).clamp(max=numerics.SHIFT_MAX))
     return torch.floor(ratio * unit + 0.5) / unit
 
 
@@ -49,8 +49,8 @@ def round_factors(step_a: Tensor | float, step_b: Tensor | float, step: Tensor) 
     a, b = step_a / step, step_b / step
     largest = a.maximum(b)
     bits = numerics.ADD_FACTOR_BITS - 1
-    n = (bits - torch.frexp(largest).exponent).clamp(numerics.ADD_SHIFT_MIN, 24)
-    unit = torch.ldexp(torch.ones_like(largest), n)
+    n = (bits - exponent(largest)).clamp(numerics.ADD_SHIFT_MIN, 24)
+    unit = power_of_two(n)
     # The rounding may have reached the limit.
     unit = torch.where((torch.floor(largest * unit + 0.5) >= 1 << bits) & (n > numerics.ADD_SHIFT_MIN), unit / 2, unit)
     return torch.floor(a * unit + 0.5) / unit / a, torch.floor(b * unit + 0.5) / unit / b
@@ -249,8 +249,7 @@ class QuantLayer(QuantOp, abc.ABC):
             return torch.floor(ratio + 0.5)
         low, high = numerics.code_range(self.bias_bits)
         # The smallest grid on which no bias reaches high + 1/2.
-        exponent = torch.frexp(ratio.abs().max() / (high + 0.5)).exponent.clamp_min(0)
-        step = torch.ldexp(torch.ones_like(ratio), exponent)
+        step = power_of_two(exponent(ratio.abs().max() / (high + 0.5)).clamp_min(0))
         return torch.floor(ratio / step + 0.5).clamp(low, high) * step
 
     def _parameters_for(self, input_step: Tensor | float | None) -> tuple[Tensor, Tensor | None]:

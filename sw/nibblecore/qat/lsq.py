@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from ..arch import numerics
 from .methods import METHODS, ActQuantizer, Method, MethodOptions, WeightQuantizer, check_choice
+from .powers import power_of_two
 
 STEP_MIN: Final = 2.0**-26
 """The smallest step; a layer whose values are smaller is quantized to zeros."""
@@ -46,8 +47,8 @@ class NearestPowerOfTwo(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, step: Tensor) -> Tensor:
-        # log2 of a power of two may be off by an ulp, which the rounding removes; ldexp is exact.
-        result = torch.ldexp(torch.ones_like(step), step.detach().log2().round())
+        # log2 of a power of two may be off by an ulp, which the rounding removes.
+        result = power_of_two(step.detach().log2().round().nan_to_num().long()).to(step.dtype)
         result = torch.where(step.isnan(), step, result)
         ctx.save_for_backward(result / step)
         return result

@@ -23,6 +23,7 @@ from ..frontend.from_torch import (
 )
 from .layers import Grid, QuantAdd, QuantAvgPool2d, QuantConv2d, QuantLinear, QuantOp
 from .methods import ActQuantizer, WeightQuantizer
+from .powers import exponent, power_of_two
 
 
 def round_factor(step_a: Tensor | float, step_b: Tensor | float, step: Tensor) -> Tensor:
@@ -32,8 +33,8 @@ def round_factor(step_a: Tensor | float, step_b: Tensor | float, step: Tensor) -
     """
     ratio = torch.as_tensor(step_a).double() * step_b / step.double()
     bits = numerics.MUL_FACTOR_BITS - 1
-    n = (bits - torch.frexp(ratio).exponent).clamp(numerics.MUL_SHIFT_MIN, numerics.MUL_SHIFT_MAX)
-    unit = torch.ldexp(torch.ones_like(ratio), n)
+    n = (bits - exponent(ratio)).clamp(numerics.MUL_SHIFT_MIN, numerics.MUL_SHIFT_MAX)
+    unit = power_of_two(n)
     # The rounding may have reached the limit.
     full = (torch.floor(ratio * unit + 0.5) >= 1 << bits) & (n > numerics.MUL_SHIFT_MIN)
     unit = torch.where(full, unit / 2, unit)

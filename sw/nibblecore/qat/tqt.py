@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from .lsq import Lsq, quantize
 from .methods import METHODS, ActQuantizer, Method, MethodOptions, WeightQuantizer, check_choice
+from .powers import power_of_two
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,9 +40,9 @@ class ThresholdStep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, log2_t: Tensor, exponent: int) -> Tensor:
-        # ldexp of a one is exact, exp2 is not everywhere. Limits keep it from 0 and infinity.
-        power = (log2_t.ceil() - exponent).clamp(-40, 40)
-        step = torch.where(log2_t.isnan(), log2_t, torch.ldexp(torch.ones_like(log2_t), power.nan_to_num()))
+        # Limits keep it from 0 and infinity.
+        power = (log2_t.ceil() - exponent).clamp(-40, 40).nan_to_num()
+        step = torch.where(log2_t.isnan(), log2_t, power_of_two(power.long()).to(log2_t.dtype))
         ctx.save_for_backward(step)
         return step
 
