@@ -1,10 +1,12 @@
 """Each pass on small graphs: what it changes, what it leaves, and the verifier behind it."""
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
+from nibblecore.arch.config import ArchConfig, get_arch
 from nibblecore.arch.isa import OutputMode
 from nibblecore.compiler.nodes import MacLayer
 from nibblecore.compiler.passes import fuse_add, lower, merge_flatten, split_planes
@@ -13,6 +15,9 @@ from nibblecore.compiler.verify import verify_lowered
 from nibblecore.errors import GraphError
 from nibblecore.ir import run
 from nibblecore.ir.random_graph import GraphBuilder, random_inputs
+from nibblecore.runtime.program import Program
+
+ARCH = get_arch("small")
 
 
 def builder(shape: tuple[int, int, int] = (3, 4, 5)) -> GraphBuilder:
@@ -46,7 +51,7 @@ def residual(order: str, *, loose: bool = False) -> tuple[GraphBuilder, str]:
 def test_the_later_convolution_takes_the_addition(order: str) -> None:
     b, out = residual(order)
     graph = b.finish(out)
-    fused = verify_lowered(fuse_add(verify_lowered(lower(graph))))
+    fused = verify_lowered(fuse_add(ARCH)(verify_lowered(lower(graph))))
     assert [n.op for n in fused.nodes] == ["Conv", "Conv", "Conv+Add"]  # type: ignore[attr-defined]
     last = fused.nodes[-1]
     assert isinstance(last, MacLayer)
@@ -64,12 +69,28 @@ def test_the_later_convolution_takes_the_addition(order: str) -> None:
 def test_what_others_read_is_not_fused() -> None:
     b, out = residual("yz")
     graph = b.finish(out, "conv2", "conv1")
-    fused = fuse_add(lower(graph))
+    fused = fuse_add(ARCH)(lower(graph))
     assert [n.op for n in fused.nodes] == ["Conv", "Conv", "Conv", "ResidualAdd"]  # type: ignore[attr-defined]
     b = builder((8, 4, 4))
     x = b.conv(b.input, 8)
     graph = b.finish(b.add(x, x))
-    assert [n.op for n in fuse_add(lower(graph)).nodes] == ["Conv", "ResidualAdd"]  # type: ignore[attr-defined]
+    assert [n.op for n in fuse_add(ARCH)(lower(graph)).nodes] == ["Conv", "ResidualAdd"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("channels", "window_fused"), [(4, True), (8, False)])
+def test_a_convolution_whose_window_leaves_no_room_does_not_take_the_addition(
+    channels: int, window_fused: bool, checked: Callable[..., Program]
+) -> None:
+    # 256 words of 4 nibbles: 250 of the window; of 8 bits per pixel 2 or 4 each of the stored operand and of the sum.
+    b = GraphBuilder(np.random.default_rng(3), (40, 6, 6), bits=4)
+    z = b.conv(b.input, channels, kernel=(1, 1), padding=(0, 0, 0, 0), bits=8)
+    y = b.conv(b.input, channels, kernel=(5, 5), padding=(2, 2, 2, 2), bits=8)
+    graph = b.finish(b.add(z, y, bits=8))
+    arch = ArchConfig(name="narrow", lanes=4, columns=4, post_lanes=2, acc_depth=16, act_depth=256, weight_depth=256)
+    fused = fuse_add(arch)(lower(graph)).nodes[-1]
+    assert isinstance(fused, MacLayer)
+    assert (fused.op, fused.kernel) == ("Conv+Add", (5, 5) if window_fused else (1, 1))
+    checked(graph, arch)
 
 
 @pytest.mark.parametrize("limits", [(-8, 7), (-7, 7)])

@@ -25,7 +25,7 @@ DEFAULT_OPTIONS: Final = CompileOptions()
 def lower_graph(graph: Graph, arch: ArchConfig) -> Graph:
     """All passes, with the verifier behind each: the graph that the scheduler takes."""
     graph = verify(passes.merge_flatten(graph))
-    for step in (passes.lower, passes.fuse_add, passes.split_planes(arch.weight_range)):
+    for step in (passes.lower, passes.fuse_add(arch), passes.split_planes(arch.weight_range)):
         graph = verify_lowered(step(graph))
     return graph
 

@@ -20,8 +20,9 @@ BLOCKS: Final = (
     (5, 576, 96, True, True, 1),
 )
 """Table 2: kernel, expanded channels, output channels, squeeze-excite, hard-swish instead of ReLU, stride."""
-NORM: Final = {"eps": 0.001, "momentum": 0.01}
-"""Section 6.1: decay 0.99 of the averages."""
+NORM_EPS: Final = 0.001
+NORM_MOMENTUM: Final = 0.01
+"""Section 6.1.1: decay 0.99 of the averages."""
 
 
 class SqueezeExcite(nn.Module):
@@ -47,7 +48,7 @@ def conv_bn(
 ) -> nn.Sequential:
     """Convolution, batch norm and activation; the padding keeps the size at stride 1."""
     conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
-    norm = nn.BatchNorm2d(out_channels, **NORM)
+    norm = nn.BatchNorm2d(out_channels, NORM_EPS, NORM_MOMENTUM)
     return nn.Sequential(conv, norm) if activation is None else nn.Sequential(conv, norm, activation())
 
 
