@@ -15,7 +15,7 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.14 py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup machine demo test test-all fuzz bench-synth bench-qat lint types format pages lock clean
+.PHONY: help setup machine demo test test-all fuzz bench-synth bench-qat results lint types format pages lock clean
 
 help:
 	@echo "make demo         train, compile and run a small network on the simulated core"
@@ -24,6 +24,7 @@ help:
 	@echo "make fuzz         random networks, golden model against RTL"
 	@echo "make bench-synth  synthesize, place and route a core; area and clock (ARGS=\"--arch large\")"
 	@echo "make bench-qat    time a step of training against float and against Brevitas (ARGS=\"--network resnet8\")"
+	@echo "make results      train every method at 4, 3 and 2 bits and write sw/RESULTS.md (under an hour)"
 	@echo "make lint         ruff (rules and format)"
 	@echo "make types        mypy"
 	@echo "make pages        write hw/ISA.md, hw/CSR.md and sw/SUPPORTED.md anew"
@@ -63,7 +64,7 @@ $(STAMP): requirements.lock pyproject.toml | machine
 	@touch $@
 
 # As in an activated environment: the tools of the Python packages are on the PATH.
-demo fuzz bench-synth bench-qat test test-all: export PATH := $(abspath $(BIN)):$(PATH)
+demo fuzz bench-synth bench-qat results test test-all: export PATH := $(abspath $(BIN)):$(PATH)
 
 # --- what the project does ------------------------------------------------------------------------------------------
 
@@ -75,6 +76,9 @@ fuzz: $(STAMP)
 
 bench-synth: $(STAMP)
 	$(BIN)/nibblecore synth $(ARGS)
+
+results: $(STAMP)
+	$(BIN)/nibblecore results --jobs $(JOBS) $(ARGS)
 
 bench-qat: $(STAMP)
 	@$(BIN)/python -c 'import brevitas' 2>/dev/null \

@@ -76,6 +76,14 @@ class TrainingError(NibbleError):
     """Training that cannot go on: steps without calibration, a loss that is no number."""
 
 
+class RecipeError(NibbleError):
+    """A recipe that is missing, cannot be read, or asks for what there is not."""
+
+
+class DataError(NibbleError):
+    """Images or labels that cannot be trained on: none at all, broken, empty, or of the wrong shape."""
+
+
 class CheckpointError(NibbleError):
     """A checkpoint that is truncated, altered, foreign, or of another model."""
 

@@ -14,7 +14,7 @@ from ..arch.config import ARCHS, get_arch
 from ..arch.isa import ISA_VERSION, disassemble
 from ..errors import NibbleError
 from ..runtime.program import Program
-from . import build, compare, demo, execute
+from . import build, compare, demo, execute, training
 from .console import ERR, JSON_OPTION, OUT, print_json, table
 
 app = typer.Typer(
@@ -161,7 +161,10 @@ def lint(
         raise typer.Exit(1)
 
 
-app.command()(build.train)
+app.command()(training.train)
+app.command()(training.recipes)
+app.command()(training.plot)
+app.command()(training.results)
 app.command("compile")(build.compile_model)
 app.command()(compare.export)
 app.command()(execute.run)

@@ -1,4 +1,4 @@
-"""``train`` and ``compile``: from data to a checkpoint, from a checkpoint to a program."""
+"""``compile``: from a checkpoint to a program."""
 
 import os
 import sys
@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.progress import TaskID
 
 from ..arch.config import ArchConfig, get_arch
 from ..errors import NibbleError
 from ..runtime.program import Program
-from .console import ARCH_OPTION, JSON_OPTION, OUT, print_json, progress, require_output_folder, say, table
+from .console import ARCH_OPTION, JSON_OPTION, OUT, print_json, require_output_folder, say, table
 
 if TYPE_CHECKING:
     from ..compiler.cost import Estimate
@@ -58,57 +57,6 @@ def load_quantized(source: str, weights: Path | None) -> "tuple[QuantModel, Grap
         )
     loaded = load_checkpoint(source)
     return loaded, convert(loaded)
-
-
-def train(
-    output: Path = typer.Option(Path("digits.ckpt"), "--output", "-o", help="Checkpoint to write."),
-    seed: int = typer.Option(1, "--seed", help="Seed of the initial weights and of the order of the images."),
-    float_epochs: int | None = typer.Option(None, "--float-epochs", min=1, help="Epochs of floating-point training."),
-    qat_epochs: int | None = typer.Option(None, "--qat-epochs", min=1, help="Epochs of training at 4 bits."),
-    as_json: bool = JSON_OPTION,
-) -> None:
-    """Train a residual network on handwritten digits, first in floating point, then to int4 (W4A4, 8-bit ends)."""
-    path = require_output_folder(output)
-    result = train_with_bars(path, seed=seed, float_epochs=float_epochs, qat_epochs=qat_epochs, quiet=as_json)
-    values = {
-        "checkpoint": str(path),
-        "float_accuracy": result.float_accuracy,
-        "fake_quant_accuracy": result.fake_quant_accuracy,
-        "seed": seed,
-    }
-    if as_json:
-        print_json(values)
-        return
-    rows = table("digits", "what", "test accuracy>")
-    rows.add_row("float", f"{result.float_accuracy:.2%}")
-    rows.add_row("int4, fake-quantized", f"{result.fake_quant_accuracy:.2%}")
-    OUT.print(rows)
-    OUT.print(f"checkpoint: {path}", highlight=False)
-
-
-def train_with_bars(
-    path: Path, *, seed: int, quiet: bool, float_epochs: int | None = None, qat_epochs: int | None = None
-) -> Any:
-    """:func:`nibblecore.qat.train.train_digits` with a progress bar."""
-    try:
-        from ..qat.train import Progress, train_digits
-    except ImportError as error:
-        raise NibbleError(
-            f"training needs the package {error.name!r}, which is not installed.",
-            hint="Install: pip install 'nibblecore[train]'",
-        ) from None
-    with progress(quiet) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def report(state: Progress) -> None:
-            text = f"{state.phase}: {state.accuracy:.1%}"
-            if state.phase not in tasks:
-                tasks[state.phase] = bar.add_task(text, total=state.epochs)
-            bar.update(tasks[state.phase], completed=state.epoch, description=text)
-
-        given = {"float_epochs": float_epochs, "qat_epochs": qat_epochs}
-        epochs: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        return train_digits(seed=seed, checkpoint=path, progress=report, **epochs)
 
 
 def compile_model(

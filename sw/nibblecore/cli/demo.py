@@ -11,9 +11,10 @@ from ..arch.config import ArchConfig, get_arch
 from ..errors import NibbleError
 from ..runtime.device import Device
 from ..runtime.program import Program
-from .build import compile_timed, load_graph, train_with_bars
+from .build import compile_timed, load_graph
 from .console import ARCH_OPTION, JSON_OPTION, OUT, open_transport, print_json, progress, say, table
 from .execute import execute
+from .training import train_with_bars
 
 
 def demo(

@@ -14,6 +14,9 @@ from ...errors import TrainingError
 TEST_IMAGES: Final = 360
 SPLIT_SEED: Final = 0
 """Which images are the test set; not the seed of the training."""
+NOISE: Final = 0.2
+"""Standard deviation of the noise of :func:`load_noisy`, where black is 1."""
+NOISY_COPIES: Final = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +46,29 @@ def load() -> Digits:
     return Digits(train_x, train_y, test_x, test_y)
 
 
-def shift_randomly(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image moved by up to one pixel in each direction, zeros moving in."""
-    n, _, rows, cols = images.shape
-    padded = F.pad(images, (1, 1, 1, 1))[:, 0]
-    moves = torch.randint(0, 3, (n, 2), generator=generator)
-    row = (moves[:, :1] + torch.arange(rows))[:, :, None]
-    col = (moves[:, 1:] + torch.arange(cols))[:, None, :]
-    return padded[torch.arange(n)[:, None, None], row, col][:, None]
+def load_noisy() -> Digits:
+    """The digits, with :data:`NOISY_COPIES` of each test image: each moved by up to a pixel, with :data:`NOISE`.
+
+    Harder and with more test images than :func:`load`, so that methods differ by more than chance; always the same.
+    Training images are clean: train with the same moves and noise.
+    """
+    data = load()
+    generator = torch.Generator().manual_seed(SPLIT_SEED)
+    images = torch.from_numpy(data.test_images).repeat(NOISY_COPIES, 1, 1, 1)
+    noisy = add_noise(shift_randomly(images, generator), NOISE, generator)
+    return dataclasses.replace(data, test_images=noisy.numpy(), test_labels=np.tile(data.test_labels, NOISY_COPIES))
+
+
+def shift_randomly(images: Tensor, generator: torch.Generator, pixels: int = 1) -> Tensor:
+    """Each image moved by up to ``pixels`` in each direction, zeros moving in."""
+    n, channels, rows, cols = images.shape
+    padded = F.pad(images, (pixels,) * 4)
+    moves = torch.randint(0, 2 * pixels + 1, (n, 2), generator=generator)
+    row = (moves[:, :1] + torch.arange(rows))[:, None, :, None]
+    col = (moves[:, 1:] + torch.arange(cols))[:, None, None, :]
+    return padded[torch.arange(n)[:, None, None, None], torch.arange(channels)[:, None, None], row, col]
+
+
+def add_noise(images: Tensor, std: float, generator: torch.Generator, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """Normal noise on each value, limited to ``low..high``."""
+    return (images + std * torch.randn(images.shape, generator=generator)).clamp(low, high)
