@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nibblecore.arch import numerics
-from nibblecore.qat.lsq import STEP_MIN, Lsq, LsqActivations, LsqWeights, PositiveStep, initial_step
+from nibblecore.qat.lsq import STEP_MIN, Lsq, LsqActivations, LsqWeights, PositiveStep, initial_step, quantize
 
 
 def paper(v: float, s: float, low: int, high: int) -> tuple[float, float]:
@@ -38,6 +38,41 @@ def test_gradients_of_activations(low: int, high: int) -> None:
     assert v.grad.tolist() == [g * d for g, (d, _) in zip(upstream.tolist(), expected, strict=True)]
     total = sum(g * d for g, (_, d) in zip(upstream.tolist(), expected, strict=True))
     assert float(s.grad) == pytest.approx(total * scale, rel=1e-6)
+
+
+def awkward(dtype: torch.dtype, step: float) -> Tensor:
+    """Values around every edge and tie of all grids, ends of floats too, in more than one vector of the processor."""
+    halves = torch.arange(-280, 281, dtype=dtype) / 2
+    near = [halves, halves.nextafter(torch.full_like(halves, 1e4)), halves.nextafter(torch.full_like(halves, -1e4))]
+    ends = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e30, -1e30, math.inf, -math.inf], dtype=dtype)
+    return torch.cat([*near, ends, torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(dtype) * 60]) * step
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("low", "high", "kind"),
+    [(0, 15, "half_up"), (-8, 7, "half_up"), (-128, 127, "half_up"), (-7, 7, "half_even"), (-119, 119, "w8")],
+)
+def test_values_and_gradients_bit_by_bit(low: int, high: int, kind: str, dtype: torch.dtype) -> None:
+    # Quantizer and gradients as one would write them down, with masks and integers.
+    v = awkward(dtype, 0.25).requires_grad_()
+    step = torch.tensor(0.25, dtype=dtype, requires_grad=True)
+    u = (v / step).detach()
+    limited = u.clamp(low, high)
+    code = torch.floor(limited + 0.5).clamp_max(high) if kind == "half_up" else limited.round()
+    if kind == "w8":
+        code = numerics.w8_project(code.to(torch.int16), limited).to(dtype)
+    upstream = torch.randn(len(v), generator=torch.Generator().manual_seed(1)).to(dtype)
+    result = Lsq.apply(v, step, low, high, 0.5, kind)
+    result.backward(upstream)
+    inside = (u > low) & (u < high)
+    slope = torch.where(inside, code - u, code)
+    assert v.grad is not None
+    assert step.grad is not None
+    assert torch.equal(quantize(u, low, high, kind), code)
+    assert torch.equal(result, code * 0.25)
+    assert torch.equal(v.grad, torch.where(inside, upstream, 0))
+    assert torch.equal(step.grad, (upstream * slope).sum() * 0.5)
 
 
 def test_the_zone_where_torch_differs_from_the_paper() -> None:
