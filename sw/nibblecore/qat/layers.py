@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..arch import numerics
 from ..frontend.from_torch import FloatAvgPool, FloatBatchNorm, FloatConv
-from .methods import ActQuantizer, WeightQuantizer
+from .methods import ActQuantizer, WeightQuantizer, wide
 from .powers import exponent, power_of_two
 
 
@@ -77,14 +77,14 @@ class QuantOp(nn.Module):
         super().__init__()
         self.output_quantizer = output
 
-    def finish(self, x: Tensor) -> Grid:
-        """The result ``x`` clamped and quantized."""
+    def finish(self, x: Tensor, dtype: torch.dtype | None = None) -> Grid:
+        """The result ``x`` clamped and quantized, in the type ``dtype``, or its own."""
         if self.limits != QuantOp.limits:
             x = x.clamp(*self.limits)
         quantizer = self.output_quantizer
         if quantizer is None:
-            return Grid(x, None)
-        result = quantizer(x)
+            return Grid(x.to(dtype or x.dtype), None)
+        result = quantizer(x).to(dtype or x.dtype)
         return Grid(result, quantizer.scale().detach() if quantizer.fake_quant_enabled else None)
 
     def share(self, quantizer: ActQuantizer) -> None:
@@ -290,7 +290,7 @@ class QuantLayer(QuantOp, abc.ABC):
             h = h * self.correction.gamma.reshape(shape) + self.correction.beta.reshape(shape)
             bias = self.correction.beta if bias is None else bias * self.correction.gamma + self.correction.beta
         dims = (0, *range(2, h.ndim))
-        var, mean = torch.var_mean(h, dims, correction=0)
+        var, mean = torch.var_mean(wide(h), dims, correction=0)
         with torch.no_grad():
             running_mean, running_var = self.norm.running_mean, self.norm.running_var
             assert running_mean is not None
@@ -395,7 +395,7 @@ class QuantAdd(QuantOp):
         if a.step is None or b.step is None or not self.grid().fake_quant_enabled:
             return self.finish(a.x + b.x)
         factor_a, factor_b = round_factors(a.step, b.step, self.grid().scale().detach())
-        return self.finish(a.x * factor_a + b.x * factor_b)
+        return self.finish(wide(a.x) * factor_a + wide(b.x) * factor_b, torch.promote_types(a.x.dtype, b.x.dtype))
 
 
 class QuantAvgPool2d(QuantOp):
@@ -406,12 +406,12 @@ class QuantAvgPool2d(QuantOp):
         self.kernel, self.stride, self.padding = op.kernel, op.stride, op.padding
 
     def forward(self, x: Grid) -> Grid:
-        mean = F.avg_pool2d(x.x, self.kernel, self.stride, self.padding)
+        mean = F.avg_pool2d(wide(x.x), self.kernel, self.stride, self.padding)
         if x.step is not None and self.grid().fake_quant_enabled:
             scale = self.grid().scale().detach().double()
             ratio = x.step / (self.kernel[0] * self.kernel[1] * scale)
             mean = mean * (round_ratio(ratio) / ratio).to(mean.dtype)
-        return self.finish(mean)
+        return self.finish(mean, x.x.dtype)
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel}, stride={self.stride}, padding={self.padding}"

@@ -52,6 +52,11 @@ def storage_bits(bits: int) -> int:
     return 4 if bits <= 4 else 8
 
 
+def wide(x: Tensor) -> Tensor:
+    """``x`` in float32 where it is narrower, as under ``torch.autocast``: a division in bfloat16 would move codes."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
 class WeightQuantizer(nn.Module, abc.ABC):
     """Fake quantization of one layer's weights: symmetric, one step per output channel or one for all.
 
@@ -130,7 +135,7 @@ class WeightQuantizer(nn.Module, abc.ABC):
 
     def forward(self, weight: Tensor) -> Tensor:
         """:meth:`fake_quantize`, or the weights as they are where that is switched off."""
-        return self.fake_quantize(weight) if self.fake_quant_enabled else weight
+        return self.fake_quantize(wide(weight)).to(weight.dtype) if self.fake_quant_enabled else weight
 
 
 class ActQuantizer(nn.Module, abc.ABC):
@@ -256,7 +261,10 @@ class ActQuantizer(nn.Module, abc.ABC):
         self.observe(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """:meth:`fake_quantize`, or nothing but the ReLU where that is switched off."""
+        """:meth:`fake_quantize`, or nothing but the ReLU where that is switched off, in the type of ``x``.
+
+        Codes are found in float32 at least, also where ``x`` is narrower.
+        """
         if self.observer_enabled:
             seen = x.detach().relu() if self.rectified else x.detach()
             if self.parts > 1:
@@ -267,7 +275,7 @@ class ActQuantizer(nn.Module, abc.ABC):
                 self.follow(torch.cat(self.parts_seen))
                 self.parts_seen.clear()
         if self.fake_quant_enabled:
-            return self.fake_quantize(x)
+            return self.fake_quantize(wide(x)).to(x.dtype)
         return x.relu() if self.rectified else x
 
     def enable_observer(self) -> None:

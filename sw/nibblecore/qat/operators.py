@@ -22,7 +22,7 @@ from ..frontend.from_torch import (
     FloatUpsample,
 )
 from .layers import Grid, QuantAdd, QuantAvgPool2d, QuantConv2d, QuantLinear, QuantOp
-from .methods import ActQuantizer, WeightQuantizer
+from .methods import ActQuantizer, WeightQuantizer, wide
 from .powers import exponent, power_of_two
 
 
@@ -53,10 +53,10 @@ class QuantMul(QuantOp):
         return numerics.mul_factor(step_a, step_b, float(self.grid().scale().detach()))
 
     def forward(self, a: Grid, b: Grid) -> Grid:
-        product = a.x * b.x
+        product = wide(a.x) * wide(b.x)
         if a.step is not None and b.step is not None and self.grid().fake_quant_enabled:
             product = product * round_factor(a.step, b.step, self.grid().scale().detach()).to(product.dtype)
-        return self.finish(product)
+        return self.finish(product, torch.promote_types(a.x.dtype, b.x.dtype))
 
 
 class TableLookup(torch.autograd.Function):
@@ -108,11 +108,13 @@ class QuantLookup(QuantOp):
     def forward(self, x: Grid) -> Grid:
         if x.step is None:
             return self.finish(self.evaluate(x.x))
+        # Also of a code in bfloat16, whose error is below 255 / 512 of a step, this is the code.
+        real = wide(x.x)
         with torch.no_grad():
-            index = (x.x / x.step).round().clamp(-self.CODES, self.CODES).to(torch.int32) + self.CODES
-            values, slopes = self.values(x.step, x.x), self._slopes(x.step, x.x)
-        result: Tensor = TableLookup.apply(x.x, index, values, slopes)
-        return self.finish(result)
+            index = (real / x.step).round().clamp(-self.CODES, self.CODES).to(torch.int32) + self.CODES
+            values, slopes = self.values(x.step, real), self._slopes(x.step, real)
+        result: Tensor = TableLookup.apply(real, index, values, slopes)
+        return self.finish(result, x.x.dtype)
 
     def table(self, step: float, zero: int) -> Tensor:
         """Codes relative to that of real zero, int64, for the stored codes -128..127 of a grid."""
