@@ -1,5 +1,6 @@
 """The integer graph: what training exports, import produces and the compiler takes."""
 
+from .differences import compare_requantization
 from .graph import (
     AvgPool,
     ChannelMul,
@@ -31,6 +32,7 @@ __all__ = [
     "ResidualAdd",
     "TensorType",
     "Upsample",
+    "compare_requantization",
     "dequantize",
     "quantize",
     "run",

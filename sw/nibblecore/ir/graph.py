@@ -63,7 +63,9 @@ class Conv(Node):
     weight_bits : int
         4 (codes in -8..7) or 8.
     weight_scale : float64 array
-        Step per output channel, shape ``(out,)``; documents the grid, takes no part in the arithmetic.
+        What a unit of the weight stands for, per output channel, shape ``(out,)``: the step, times the magnitude of
+        the factor of a batch norm or correction behind it. ``mult * 2**-shift`` is that of
+        ``scale(x) * weight_scale / scale(y)``, with the factor's sign. Takes no part in the arithmetic.
     bias, mult, shift : int64 arrays
         Requantization record per output channel, shape ``(out,)``.
     stride, dilation : tuple[int, int]

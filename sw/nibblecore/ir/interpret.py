@@ -1,8 +1,10 @@
 """The integer-graph interpreter: layer by layer, in numpy, exactly the arithmetic of :mod:`nibblecore.arch.numerics`.
 
-Program-level results (golden model, RTL, boards) are compared with it for equality.
+Program-level results (golden model, RTL, boards) are compared with it for equality. With another ``requantization`` it
+is what other systems would compute.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -10,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..arch import numerics
+from . import requantization as rules
 from .graph import (
     AvgPool,
     ChannelMul,
@@ -30,7 +33,9 @@ _COLUMN_BYTES: Final = 64 << 20
 """Memory that the unfolded windows of one block of output rows may take."""
 
 
-def run(graph: Graph, inputs: dict[str, Any], keep: bool = False) -> dict[str, IntArray]:
+def run(
+    graph: Graph, inputs: dict[str, Any], keep: bool = False, *, requantization: str = rules.NIBBLECORE
+) -> dict[str, IntArray]:
     """Execute ``graph`` on a batch of images.
 
     Parameters
@@ -41,6 +46,9 @@ def run(graph: Graph, inputs: dict[str, Any], keep: bool = False) -> dict[str, I
         Stored codes of shape ``(N, C, H, W)`` for every input of the graph and nothing else.
     keep : bool
         Return every tensor, inputs and intermediate ones included, not the outputs only.
+    requantization : str
+        One of :data:`nibblecore.ir.requantization.MODES`. Others than the core's own derive their multipliers from the
+        scales of the graph; lookup tables stay.
 
     Returns
     -------
@@ -50,15 +58,17 @@ def run(graph: Graph, inputs: dict[str, Any], keep: bool = False) -> dict[str, I
     Raises
     ------
     TypeError, ValueError
-        Inputs that are missing, unknown, not integers, of the wrong shape or out of their code range.
+        Inputs that are missing, unknown, not integers, of the wrong shape or out of their code range; with another
+        requantization, multipliers that are not those of the scales.
     OverflowError
-        ``acc + bias`` of a layer does not fit 32 bits.
+        ``acc + bias`` of a layer does not fit 32 bits, or not another system's registers.
     """
+    execute = executors(requantization)
     tensors = _check_inputs(graph, inputs)
     last_use = {name: index for index, node in enumerate(graph.nodes) for name in node.inputs}
     for index, node in enumerate(graph.nodes):
         operands = [tensors[name] for name in node.inputs]
-        tensors[node.output] = _EXECUTE[type(node)](graph, node, *operands)
+        tensors[node.output] = execute[type(node)](graph, node, *operands)
         if not keep:
             for name in set(node.inputs) - set(graph.outputs):
                 if last_use[name] == index:
@@ -155,17 +165,23 @@ def _check_fits(node: Node, total: IntArray) -> None:
         raise OverflowError(f"{node.path}: acc + bias is {total.min()}..{total.max()} and does not fit 32 bits")
 
 
-def _conv(graph: Graph, node: Conv, x: IntArray) -> IntArray:
+def _conv(graph: Graph, node: Conv, x: IntArray, rule: rules.Requantization | None = None) -> IntArray:
     output = graph.tensors[node.output]
     acc = _accumulate(node, x, graph.tensors[node.inputs[0]])
     bias, mult, shift = (a[:, None, None] for a in (node.bias, node.mult, node.shift))
     _check_fits(node, acc + bias)
     if output.bits == 32:
         return acc + bias
-    return numerics.clamp(numerics.requantize(acc, bias, mult, shift) + output.zero, node.low, node.high)
+    codes = numerics.requantize(acc, bias, mult, shift) if rule is None else rules.conv(rule, graph, node, acc + bias)
+    return numerics.clamp(codes + output.zero, node.low, node.high)
 
 
-def _residual_add(graph: Graph, node: ResidualAdd, a: IntArray, b: IntArray) -> IntArray:
+def _residual_add(
+    graph: Graph, node: ResidualAdd, a: IntArray, b: IntArray, rule: rules.Requantization | None = None
+) -> IntArray:
+    if rule is not None:
+        codes = rules.residual_add(rule, graph, node, a, b)
+        return numerics.clamp(codes + graph.tensors[node.output].zero, node.low, node.high)
     type_a, type_b = (graph.tensors[name] for name in node.inputs)
     return numerics.residual_add(
         a,
@@ -181,7 +197,12 @@ def _residual_add(graph: Graph, node: ResidualAdd, a: IntArray, b: IntArray) -> 
     )
 
 
-def _channel_mul(graph: Graph, node: ChannelMul, a: IntArray, b: IntArray) -> IntArray:
+def _channel_mul(
+    graph: Graph, node: ChannelMul, a: IntArray, b: IntArray, rule: rules.Requantization | None = None
+) -> IntArray:
+    if rule is not None:
+        codes = rules.channel_mul(rule, graph, node, a, b)
+        return numerics.clamp(codes + graph.tensors[node.output].zero, node.low, node.high)
     type_a, type_b = (graph.tensors[name] for name in node.inputs)
     return numerics.channel_mul(
         a,
@@ -214,12 +235,15 @@ def _max_pool(graph: Graph, node: MaxPool, x: IntArray) -> IntArray:
     return view.max(axis=(4, 5))
 
 
-def _avg_pool(graph: Graph, node: AvgPool, x: IntArray) -> IntArray:
+def _avg_pool(graph: Graph, node: AvgPool, x: IntArray, rule: rules.Requantization | None = None) -> IntArray:
     zero = graph.tensors[node.inputs[0]].zero
     view = windows(x, kernel=node.kernel, stride=node.stride, padding=node.padding, fill=zero)
     total = view.sum(axis=(4, 5), dtype=np.int64)
     _check_fits(node, total + node.bias)
-    codes = numerics.requantize(total, node.bias, node.mult, node.shift)
+    if rule is None:
+        codes = numerics.requantize(total, node.bias, node.mult, node.shift)
+    else:
+        codes = rules.avg_pool(rule, graph, node, total + node.bias)
     return numerics.clamp(codes + graph.tensors[node.output].zero, node.low, node.high)
 
 
@@ -238,3 +262,13 @@ _EXECUTE: Final[dict[type[Node], Callable[..., IntArray]]] = {
     Upsample: _upsample,
     Flatten: _flatten,
 }
+REQUANTIZE: Final = (Conv, ResidualAdd, ChannelMul, AvgPool)
+"""Kinds of nodes that requantize."""
+
+
+def executors(requantization: str) -> dict[type[Node], Callable[..., IntArray]]:
+    """What executes a node of each kind, from graph, node and the codes that it reads; see :func:`run`."""
+    rule = rules.requantization(requantization)
+    if rule is None:
+        return _EXECUTE
+    return _EXECUTE | {kind: functools.partial(_EXECUTE[kind], rule=rule) for kind in REQUANTIZE}

@@ -167,6 +167,7 @@ class _Converter:
         if isinstance(module, QuantConv2d):
             geometry, groups = (module.stride, module.padding, module.dilation), module.groups
         bits = module.weight_quantizer.storage_bits
+        scale = np.where(weight.reshape(len(scale), -1).any(axis=1), np.abs(unit) / x.scale, scale)
         self.nodes.append(
             ir.Conv(path, inputs, path, weight, bits, scale, bias, mult, shift, *geometry, low, high, groups)
         )
