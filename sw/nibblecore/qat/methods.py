@@ -188,7 +188,7 @@ class ActQuantizer(nn.Module, abc.ABC):
         self.observer_enabled = self.observes
         self.calibrator: Calibrator | None = None
         self.parts = 1
-        """How many operators share this grid: what they compute in one pass is observed as one tensor."""
+        """How many operators share this grid; what they compute in one pass is observed as one tensor behind it."""
         self.parts_seen: list[Tensor] = []
 
     @property
@@ -227,10 +227,11 @@ class ActQuantizer(nn.Module, abc.ABC):
         """The step: positive, shape ``()``; nan before calibration."""
 
     def observe(self, x: Tensor) -> None:
-        """Take in one batch of calibration data."""
+        """Take in one batch of calibration data; an empty one is none."""
         if self.calibrator is None:
             self.calibrator = CALIBRATIONS[self.calibration]()
-        self.calibrator.observe(x)
+        if x.numel():
+            self.calibrator.observe(x)
 
     def finish(self) -> None:
         """Set the grid from what has been observed and forget it."""
@@ -267,16 +268,20 @@ class ActQuantizer(nn.Module, abc.ABC):
         """
         if self.observer_enabled:
             seen = x.detach().relu() if self.rectified else x.detach()
-            if self.parts > 1:
-                self.parts_seen.append(seen.flatten())
             if self.parts == 1:
                 self.follow(seen)
-            elif len(self.parts_seen) == self.parts:
-                self.follow(torch.cat(self.parts_seen))
-                self.parts_seen.clear()
+            else:
+                self.parts_seen.append(seen.flatten())
         if self.fake_quant_enabled:
             return self.fake_quantize(wide(x)).to(x.dtype)
         return x.relu() if self.rectified else x
+
+    def follow_parts(self) -> None:
+        """Observe what the operators that share this grid have computed in a pass, now that all have used it."""
+        if self.parts_seen:
+            seen = torch.cat(self.parts_seen)
+            self.parts_seen.clear()
+            self.follow(seen)
 
     def enable_observer(self) -> None:
         """Observe from now on."""

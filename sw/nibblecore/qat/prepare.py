@@ -15,7 +15,6 @@ from ..errors import CompileError, TrainingError
 from ..frontend.from_torch import (
     PASS_THROUGH,
     FloatAdd,
-    FloatConcat,
     FloatConv,
     FloatFlatten,
     FloatGraph,
@@ -119,6 +118,8 @@ class QuantModel(nn.Module):
         values = {self._input_name: Grid(source(x), source.step_tensor() if source.fake_quant_enabled else None)}
         for path, inputs in self._plan:
             values[path] = self.get_submodule(path)(*(values[name] for name in inputs))
+        for quantizer in self._shared:
+            quantizer.follow_parts()
         return values
 
     def _quantizers(self) -> dict[str, ActQuantizer]:
@@ -133,8 +134,8 @@ class QuantModel(nn.Module):
             return
         if missing := self._uncalibrated():
             raise TrainingError(
-                f"{len(missing)} of {len(self._quantizers())} activation steps are nan, the first at {missing[0]}: they were "
-                "never calibrated, or training has lost them.",
+                f"{len(missing)} of {len(self._quantizers())} activation steps are nan, the first at {missing[0]}: "
+                "they were never calibrated, or training has lost them.",
                 hint="Call nibblecore.qat.calibrate(model, loader) with a few batches, or load a state_dict.",
             )
         self._calibrated = True
