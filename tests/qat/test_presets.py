@@ -28,6 +28,7 @@ from nibblecore.qat.lsq import LsqActivations, LsqWeights
 from nibblecore.qat.lsq_plus import LsqPlusActivations
 from nibblecore.qat.methods import ActQuantizer
 from nibblecore.qat.tqt import TqtActivations, TqtWeights
+from nibblecore.qat.training.recipe import build_recipe
 
 EXAMPLE = torch.zeros(1, 2, 8, 8)
 
@@ -189,6 +190,22 @@ def test_every_preset_is_tested_and_is_data() -> None:
             assert text.endswith(".") or text == preset.source
             assert "  " not in text
         assert preset.training["qat"]["epochs"] > 0
+
+
+def test_every_preset_is_a_recipe() -> None:
+    """Its tables are those of recipes, key by key."""
+    for factory in presets.PRESETS.values():
+        preset = factory()
+        table = {k: v for k, v in dataclasses.asdict(preset.qconfig).items() if v not in (None, ()) and k != "options"}
+        table["options"] = {o.method: dataclasses.asdict(o) for o in preset.qconfig.options}
+        tables = {k: dict(v) for k, v in preset.training.items()}
+        data = {"name": "digits", **tables.pop("data", {})}
+        recipe = build_recipe(
+            {"model": {"factory": "a:b"}, "data": data, "quantization": table, **tables}, preset.name, "a preset"
+        )
+        assert recipe.quantization == preset.qconfig
+        assert recipe.qat.lr == preset.training["qat"]["lr"]
+        assert recipe.qat.step_optimizer == preset.training["qat"]["step_optimizer"]
 
 
 def convolutions(graph: ir.Graph) -> list[ir.Conv]:

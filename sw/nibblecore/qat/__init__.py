@@ -46,7 +46,7 @@ from .toggles import (
     fake_quant_disabled,
     observer_disabled,
 )
-from .tqt import TqtOptions
+from .tqt import ThresholdFreezer, TqtOptions
 
 __all__ = [
     "METHODS",
@@ -64,6 +64,7 @@ __all__ = [
     "Preset",
     "QConfig",
     "QuantModel",
+    "ThresholdFreezer",
     "TqtOptions",
     "WeightQuantizer",
     "add_correction",

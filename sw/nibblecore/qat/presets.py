@@ -400,17 +400,15 @@ def _oscillations(name: str, bits: int, tables: Tables) -> Preset:
         base,
         name=name,
         source="Nagel et al., Overcoming oscillations in quantization-aware training, ICML 2022",
-        qconfig=dataclasses.replace(base.qconfig, calibration="mse", options=(LsqOptions(grad_scale=False),)),
+        qconfig=dataclasses.replace(
+            base.qconfig, calibration="mse", options=(LsqOptions(grad_scale=False, weight_init="mse"),)
+        ),
         training={
             "qat": _sgd(bits, lr=rate, step_optimizer="adam", step_lr=1e-5),
             "batch_norm": {"reestimate_batches": 50},
             **tables,
         },
-        deviations=(
-            _STATISTICS,
-            _LSQ_RANGE,
-            "Only activations start at least squared error; weights start as in LSQ.",
-        ),
+        deviations=(_STATISTICS, _LSQ_RANGE),
     )
 
 

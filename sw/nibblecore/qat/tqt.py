@@ -105,4 +105,83 @@ class TqtActivations(ActQuantizer):
         return result
 
 
+class ThresholdFreezer:
+    """Freezes thresholds one after another, once they do no more than swing around an integer.
+
+    While a threshold's log2 moves around an integer, its step jumps between two powers of two, and disturbs everything
+    behind it. Call :meth:`step` after each step of the optimizer, before gradients are cleared. From ``start`` on,
+    every ``every`` steps, one threshold is frozen: that with the smallest gradient, on average, of those that are on
+    the side of the integer on which they mostly were. Thresholds per channel count one by one.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Prepared with the method "tqt".
+    start, every : int
+        In steps; at least 0 and 1.
+    momentum : float
+        Of the moving averages of gradients and sides.
+    """
+
+    def __init__(self, model: nn.Module, start: int = 1000, every: int = 50, momentum: float = 0.05) -> None:
+        if start < 0 or every < 1:
+            raise ValueError(f"start must be at least 0 and every at least 1, not {start} and {every}")
+        if not 0 < momentum <= 1:
+            raise ValueError(f"momentum must be above 0 and at most 1, not {momentum!r}")
+        self.start, self.every, self.momentum = start, every, momentum
+        self.steps = 0
+        self.thresholds = {n: p for n, p in model.named_parameters() if n.endswith("log2_t")}
+        if not self.thresholds:
+            raise ValueError("the model has no thresholds; prepare it with method='tqt'")
+        self.state: dict[str, dict[str, Tensor]] = {}
+        for name, log2_t in self.thresholds.items():
+            value = log2_t.detach()
+            self.state[name] = {
+                "gradient": torch.zeros_like(value),
+                "side": value.ceil(),
+                "frozen": torch.zeros_like(value, dtype=torch.bool),
+                "value": value.clone(),
+            }
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Track one step, put frozen thresholds back, and freeze another when it is time."""
+        self.steps += 1
+        best = (math.inf, "", 0)
+        for name, log2_t in self.thresholds.items():
+            state = self.state[name]
+            log2_t.copy_(torch.where(state["frozen"], state["value"], log2_t))
+            if log2_t.grad is not None:
+                state["gradient"].lerp_(log2_t.grad.abs(), self.momentum)
+            state["side"].lerp_(log2_t.ceil(), self.momentum)
+            ready = ~state["frozen"] & (state["side"].round() == log2_t.ceil())
+            gradient = torch.where(ready, state["gradient"], math.inf).flatten()
+            index = int(gradient.argmin())
+            best = min(best, (float(gradient[index]), name, index))
+        if self.steps >= self.start and (self.steps - self.start) % self.every == 0 and best[0] < math.inf:
+            _, name, index = best
+            state = self.state[name]
+            state["frozen"].view(-1)[index] = True
+            state["value"].view(-1)[index] = self.thresholds[name].view(-1)[index]
+
+    def frozen(self) -> float:
+        """Share of thresholds that are frozen, 0..1."""
+        flags = torch.cat([state["frozen"].flatten() for state in self.state.values()])
+        return float(flags.double().mean())
+
+    def state_dict(self) -> dict[str, Any]:
+        values = {f"{name}.{key}": value.clone() for name, s in self.state.items() for key, value in s.items()}
+        return {"steps": self.steps, **values}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises :class:`ValueError` for the state of another model."""
+        own = self.state_dict()
+        if set(own) != set(state) or any(isinstance(v, Tensor) and v.shape != state[k].shape for k, v in own.items()):
+            raise ValueError("the state is that of a freezer of another model")
+        self.steps = int(state["steps"])
+        for name, s in self.state.items():
+            for key in s:
+                s[key] = state[f"{name}.{key}"].clone()
+
+
 METHODS["tqt"] = Method(weights=TqtWeights, activations=TqtActivations, options=TqtOptions)
