@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nibblecore.arch import numerics
+from nibblecore.qat import kernels
 from nibblecore.qat.lsq import STEP_MIN, Lsq, LsqActivations, LsqWeights, PositiveStep, initial_step, quantize
 
 
@@ -53,8 +54,13 @@ def awkward(dtype: torch.dtype, step: float) -> Tensor:
     ("low", "high", "kind"),
     [(0, 15, "half_up"), (-8, 7, "half_up"), (-128, 127, "half_up"), (-7, 7, "half_even"), (-119, 119, "w8")],
 )
-def test_values_and_gradients_bit_by_bit(low: int, high: int, kind: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_values_and_gradients_bit_by_bit(
+    low: int, high: int, kind: str, dtype: torch.dtype, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Quantizer and gradients as one would write them down, with masks and integers.
+    if not compiled:
+        monkeypatch.setattr(kernels, "library", lambda: None)
     v = awkward(dtype, 0.25).requires_grad_()
     step = torch.tensor(0.25, dtype=dtype, requires_grad=True)
     u = (v / step).detach()
@@ -72,7 +78,12 @@ def test_values_and_gradients_bit_by_bit(low: int, high: int, kind: str, dtype: 
     assert torch.equal(quantize(u, low, high, kind), code)
     assert torch.equal(result, code * 0.25)
     assert torch.equal(v.grad, torch.where(inside, upstream, 0))
-    assert torch.equal(step.grad, (upstream * slope).sum() * 0.5)
+    terms = upstream * slope * 0.5
+    if compiled and dtype == torch.float32:
+        assert kernels.usable(v, step)
+        assert float((step.grad - terms.double().sum()).abs()) <= 1e-7 * float(terms.abs().sum())
+    else:
+        assert torch.equal(step.grad, (upstream * slope).sum() * 0.5)
 
 
 def test_the_zone_where_torch_differs_from_the_paper() -> None:

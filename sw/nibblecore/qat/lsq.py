@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from . import kernels
+from .distributed import processes
 from .methods import METHODS, ActQuantizer, Method, MethodOptions, WeightQuantizer, check_choice
 from .powers import power_of_two
 
@@ -68,7 +70,8 @@ class Lsq(torch.autograd.Function):
         d/dv    = 1 where low < u < high, else 0
         d/dstep = grad_scale * sum(code - u where low < u < high, else code)
 
-    where the sum is over everything that shares the step.
+    where the sum is over everything that shares the step. Computed in one pass where
+    :func:`nibblecore.qat.kernels.usable` says so, with the same bits but for the order of that sum.
 
     Parameters
     ----------
@@ -80,27 +83,48 @@ class Lsq(torch.autograd.Function):
     grad_scale : float
         ``1 / sqrt(N * high)``, N the values that share the step.
     kind : {"half_up", "half_even", "w8"}
+    stored : bool
+        Whether ``step`` is a stored one: it goes through :class:`PositiveStep` first, and one of shape ``(n,)`` holds a
+        step for each of the n parts ``v[i]``, or for all.
     """
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor, step: Tensor, low: int, high: int, grad_scale: float, kind: str) -> Tensor:
+    def forward(
+        ctx: Any, v: Tensor, step: Tensor, low: int, high: int, grad_scale: float, kind: str, stored: bool = False
+    ) -> Tensor:
+        ctx.options = low, high, grad_scale, kind
+        raw = step if stored else None
+        if raw is not None:
+            step = raw.abs().clamp_min_(STEP_MIN)
+            if raw.ndim:
+                step = step.reshape(-1, *[1] * (v.ndim - 1))
+        if kernels.usable(v, step):
+            ctx.save_for_backward(v, None, step, raw)
+            return kernels.lsq_forward(v, step, low, high, kind)
         u = v / step
         code = quantize(u, low, high, kind)
-        ctx.save_for_backward(u, code, step)
-        ctx.low, ctx.high, ctx.grad_scale = low, high, grad_scale
+        ctx.save_for_backward(u, code, step, raw)
         return code * step
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        u, code, step = ctx.saved_tensors
+        v, code, step, raw = ctx.saved_tensors
+        low, high, grad_scale, kind = ctx.options
         grad_v = grad_step = None
-        if ctx.needs_input_grad[0]:
-            grad_v = where_inside(grad, u, ctx.low, ctx.high)
-        if ctx.needs_input_grad[1]:
-            slope = where_inside(u, u, ctx.low, ctx.high).sub_(code)  # of the opposite sign
-            grad_step = slope.mul_(grad).sum_to_size(step.shape) * -ctx.grad_scale
-        return grad_v, grad_step, None, None, None, None
+        if code is None:
+            grad_v, grad_step = kernels.lsq_backward(grad, v, step, low, high, kind, grad_scale)
+        else:
+            u = v
+            if ctx.needs_input_grad[0]:
+                grad_v = where_inside(grad, u, low, high)
+            if ctx.needs_input_grad[1]:
+                slope = where_inside(u, u, low, high).sub_(code)  # of the opposite sign
+                grad_step = slope.mul_(grad).sum_to_size(step.shape) * -grad_scale
+        if raw is not None and grad_step is not None:
+            grad_step = grad_step.reshape(raw.shape)
+            grad_step = torch.where(raw < 0, -grad_step, grad_step)
+        return grad_v, grad_step, None, None, None, None, None
 
 
 def where_inside(values: Tensor, u: Tensor, low: int, high: int) -> Tensor:
@@ -220,8 +244,10 @@ class LsqWeights(WeightQuantizer):
             return quantize(weight / self.scale_like(weight), self.low, self.high, self.kind).long()
 
     def fake_quantize(self, weight: Tensor) -> Tensor:
-        scale = self.scale_like(weight)
-        result: Tensor = Lsq.apply(weight, scale, self.low, self.high, self.grad_scale, self.kind)
+        # Powers of two are found in between; otherwise the stored steps will do, in one function.
+        step = self.scale_like(weight) if self.power_of_two else self.step
+        stored = not self.power_of_two
+        result: Tensor = Lsq.apply(weight, step, self.low, self.high, self.grad_scale, self.kind, stored)
         return result
 
 
@@ -244,7 +270,7 @@ class LsqActivations(ActQuantizer):
         """What the gradients of the step are multiplied by for the batch ``x``."""
         if not self.options.grad_scale:
             return 1.0
-        count = x.numel() if self.options.act_count == "batch" else self.features
+        count = x.numel() * processes() if self.options.act_count == "batch" else self.features
         return 1 / math.sqrt(count * self.high)
 
     def scale(self) -> Tensor:
@@ -255,7 +281,8 @@ class LsqActivations(ActQuantizer):
         self.step.fill_(self.step_for(low, high))
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        result: Tensor = Lsq.apply(x, self.scale(), self.low, self.high, self.grad_scale(x), "half_up")
+        step, stored = (self.scale(), False) if self.power_of_two else (self.step, True)
+        result: Tensor = Lsq.apply(x, step, self.low, self.high, self.grad_scale(x), "half_up", stored)
         return result
 
 

@@ -1,0 +1,242 @@
+// Quantizers in one pass over memory. nibblecore.qat.kernels compiles and loads this file; qat/lsq.py and
+// qat/regularization.py say what is computed, and compute the same where there is no compiler.
+//
+// Compiled without -ffast-math and without contraction: division, rounding and products are those of IEEE 754, and so
+// the bits are those of torch. Sums differ from torch's in their order only, and do not depend on the number of threads:
+// values are added in LANES partial sums over blocks of fixed size, and blocks in double, in order.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+namespace {
+
+constexpr int64_t LANES = 16;
+constexpr int64_t BLOCK = 8192;          // values: what one thread does at a time, in its cache
+constexpr int64_t WORTH_A_THREAD = 1 << 18;  // values: below, starting a thread costs more than it saves
+
+enum Kind : int64_t { HALF_UP = 0, HALF_EVEN = 1, W8 = 2 };
+
+struct Range {
+    float low, high;
+};
+
+// NaN stays NaN, as in torch.
+inline float limit(float u, Range r) {
+    const float above = u < r.low ? r.low : u;
+    return above > r.high ? r.high : above;
+}
+
+template <Kind KIND>
+inline float quantize(float u, Range r) {
+    const float limited = limit(u, r);
+    if (KIND == HALF_UP) return limit(std::floor(u + 0.5f), r);
+    const float nearest = std::nearbyint(limited);
+    if (KIND == HALF_EVEN) return nearest;
+    // 16*k + 8 is no code of 8-bit weights: to the neighbour nearer to the value, ties toward zero.
+    const float sixteenths = (nearest - 8.0f) * 0.0625f;
+    const float away = std::fabs(limited) > std::fabs(nearest) ? 1.0f : -1.0f;
+    const float step = nearest > 0.0f ? away : -away;
+    return sixteenths == std::floor(sixteenths) ? nearest + step : nearest;
+}
+
+// Runs work(first, last) over blocks 0..count-1 on up to `threads` threads.
+template <typename Work>
+void spread(int64_t blocks, int64_t values, int64_t threads, const Work& work) {
+    const int64_t used = std::min({threads, blocks, std::max<int64_t>(1, values / WORTH_A_THREAD)});
+    if (used <= 1) {
+        work(int64_t{0}, blocks);
+        return;
+    }
+    std::vector<std::thread> others;
+    others.reserve(used - 1);
+    const int64_t share = (blocks + used - 1) / used;
+    for (int64_t t = 1; t < used; ++t)
+        others.emplace_back([&work, t, share, blocks] { work(t * share, std::min(blocks, (t + 1) * share)); });
+    work(int64_t{0}, std::min(blocks, share));
+    for (auto& thread : others) thread.join();
+}
+
+// A tensor is rows x columns with a step for each row; blocks never cross rows, and short rows share one.
+struct Blocks {
+    int64_t rows, columns, per_row, rows_per_block, count;
+
+    Blocks(int64_t rows, int64_t columns) : rows(rows), columns(columns) {
+        per_row = std::max<int64_t>(1, (columns + BLOCK - 1) / BLOCK);
+        rows_per_block = per_row > 1 ? 1 : std::max<int64_t>(1, BLOCK / std::max<int64_t>(1, columns));
+        count = per_row > 1 ? rows * per_row : (rows + rows_per_block - 1) / rows_per_block;
+    }
+
+    // Calls work(row, first column, end) for the pieces of blocks first..last-1.
+    template <typename Work>
+    void pieces(int64_t first, int64_t last, const Work& work) const {
+        for (int64_t b = first; b < last; ++b) {
+            if (per_row > 1) {
+                const int64_t row = b / per_row, start = (b % per_row) * BLOCK;
+                work(row, start, std::min(columns, start + BLOCK));
+            } else {
+                for (int64_t row = b * rows_per_block; row < std::min(rows, (b + 1) * rows_per_block); ++row)
+                    work(row, int64_t{0}, columns);
+            }
+        }
+    }
+};
+
+double add_up(const float (&lanes)[LANES]) {
+    double sum = 0;
+    for (float lane : lanes) sum += lane;
+    return sum;
+}
+
+template <Kind KIND>
+void forward(const float* v, const float* step, const float* gain, float* out, Blocks blocks, Range r, int64_t threads) {
+    spread(blocks.count, blocks.rows * blocks.columns, threads, [=](int64_t first, int64_t last) {
+        blocks.pieces(first, last, [=](int64_t row, int64_t start, int64_t end) {
+            const float s = step[row];
+            const float* const x = v + row * blocks.columns;
+            float* const y = out + row * blocks.columns;
+            if (gain) {
+                const float g = gain[row];
+                for (int64_t i = start; i < end; ++i) y[i] = quantize<KIND>(x[i] / s, r) * s * g;
+            } else {
+                for (int64_t i = start; i < end; ++i) y[i] = quantize<KIND>(x[i] / s, r) * s;
+            }
+        });
+    });
+}
+
+template <Kind KIND>
+inline float backward_of(float x, float s, float gradient, Range r, float& grad_v) {
+    const float u = x / s, code = quantize<KIND>(u, r);
+    const bool outside = (u <= r.low) | (u >= r.high);
+    grad_v = outside ? 0.0f : gradient;
+    return gradient * (outside ? code : code - u);
+}
+
+template <Kind KIND>
+void backward(const float* v, const float* step, const float* gain, const float* grad, float* grad_v, float* grad_step,
+              float grad_scale, Blocks blocks, Range r, int64_t threads) {
+    std::vector<double> sums(blocks.rows * blocks.per_row);
+    double* const sum = sums.data();
+    spread(blocks.count, blocks.rows * blocks.columns, threads, [=](int64_t first, int64_t last) {
+        blocks.pieces(first, last, [=](int64_t row, int64_t start, int64_t end) {
+            const float s = step[row], factor = gain ? gain[row] : 1.0f;
+            const float* const x = v + row * blocks.columns;
+            const float* const g = grad + row * blocks.columns;
+            float* const gv = grad_v + row * blocks.columns;
+            float lanes[LANES] = {};
+            int64_t i = start;
+            for (; i + LANES <= end; i += LANES)
+                for (int64_t j = 0; j < LANES; ++j)
+                    lanes[j] += backward_of<KIND>(x[i + j], s, g[i + j] * factor, r, gv[i + j]);
+            for (int64_t j = 0; i < end; ++i, ++j) lanes[j] += backward_of<KIND>(x[i], s, g[i] * factor, r, gv[i]);
+            sum[row * blocks.per_row + start / BLOCK] = add_up(lanes);
+        });
+    });
+    for (int64_t row = 0; row < blocks.rows; ++row) {
+        double total = 0;
+        for (int64_t b = 0; b < blocks.per_row; ++b) total += sum[row * blocks.per_row + b];
+        grad_step[row] = static_cast<float>(total) * grad_scale;
+    }
+}
+
+constexpr int64_t LEVELS = 16;  // bins of 4 bits
+
+}  // namespace
+
+extern "C" {
+
+// out = code(v / step) * step [* gain]; v and out are rows x columns, step and gain have a value for each row.
+void nibble_lsq_forward(const float* v, const float* step, const float* gain, float* out, int64_t rows, int64_t columns,
+                        int64_t low, int64_t high, int64_t kind, int64_t threads) {
+    const Blocks blocks(rows, columns);
+    const Range r{static_cast<float>(low), static_cast<float>(high)};
+    const auto run = kind == HALF_UP ? forward<HALF_UP> : kind == HALF_EVEN ? forward<HALF_EVEN> : forward<W8>;
+    run(v, step, gain, out, blocks, r, threads);
+}
+
+// The gradients of that, of grad; grad_step is also multiplied by grad_scale.
+void nibble_lsq_backward(const float* v, const float* step, const float* gain, const float* grad, float* grad_v,
+                         float* grad_step, float grad_scale, int64_t rows, int64_t columns, int64_t low, int64_t high,
+                         int64_t kind, int64_t threads) {
+    const Blocks blocks(rows, columns);
+    const Range r{static_cast<float>(low), static_cast<float>(high)};
+    const auto run = kind == HALF_UP ? backward<HALF_UP> : kind == HALF_EVEN ? backward<HALF_EVEN> : backward<W8>;
+    run(v, step, gain, grad, grad_v, grad_step, grad_scale, blocks, r, threads);
+}
+
+// Bin regularization of rows that are rounded half to even and have bins of their own: the loss, and the population of
+// each bin, rows x LEVELS.
+double nibble_bins_forward(const float* v, const float* step, float* population, int64_t rows, int64_t columns,
+                           int64_t low, int64_t high, int64_t threads) {
+    const Range r{static_cast<float>(low), static_cast<float>(high)};
+    std::vector<double> losses(rows);
+    double* const loss = losses.data();
+    spread(rows, rows * columns, threads, [=](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; ++row) {
+            const float* const x = v + row * columns;
+            const float s = step[row];
+            int32_t counts[LEVELS] = {};
+            double squares[LEVELS] = {};
+            constexpr int64_t CHUNK = 128;  // so that 8 bits count them
+            uint8_t bins[CHUNK];
+            float square[CHUNK];
+            for (int64_t start = 0; start < columns; start += CHUNK) {
+                const int64_t size = std::min(CHUNK, columns - start);
+                for (int64_t i = 0; i < size; ++i) {
+                    const float code = quantize<HALF_EVEN>(x[start + i] / s, r);
+                    const float difference = x[start + i] - code * s;
+                    square[i] = difference * difference;
+                    bins[i] = static_cast<uint8_t>(static_cast<int32_t>(code - r.low));
+                }
+                for (int64_t i = 0; i < size; ++i) {
+                    counts[bins[i] & (LEVELS - 1)] += 1;
+                    squares[bins[i] & (LEVELS - 1)] += square[i];
+                }
+            }
+            double sum = 0;
+            for (int64_t level = 0; level < LEVELS; ++level) {
+                population[row * LEVELS + level] = static_cast<float>(counts[level]);
+                if (counts[level]) sum += squares[level] / counts[level];
+            }
+            loss[row] = sum;
+        }
+    });
+    double total = 0;
+    for (double one : losses) total += one;
+    return total;
+}
+
+// Its gradients, times grad; grad_step may be null.
+void nibble_bins_backward(const float* v, const float* step, const float* population, float grad, float* grad_v,
+                          float* grad_step, int64_t rows, int64_t columns, int64_t low, int64_t high, int64_t threads) {
+    const Range r{static_cast<float>(low), static_cast<float>(high)};
+    spread(rows, rows * columns, threads, [=](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; ++row) {
+            const float* const x = v + row * columns;
+            float* const gv = grad_v + row * columns;
+            const float s = step[row];
+            float weight[LEVELS];
+            for (int64_t level = 0; level < LEVELS; ++level) {
+                const float count = population[row * LEVELS + level];
+                weight[level] = count > 0 ? 2.0f * grad / count : 0.0f;
+            }
+            float lanes[LANES] = {};
+            int64_t i = 0;
+            const auto one = [&](int64_t k, float& lane) {
+                const float code = quantize<HALF_EVEN>(x[k] / s, r);
+                const float slope = (x[k] - code * s) * weight[static_cast<int32_t>(code - r.low) & (LEVELS - 1)];
+                gv[k] = slope;
+                lane -= slope * code;
+            };
+            for (; i + LANES <= columns; i += LANES)
+                for (int64_t j = 0; j < LANES; ++j) one(i + j, lanes[j]);
+            for (int64_t j = 0; i < columns; ++i, ++j) one(i, lanes[j]);
+            if (grad_step) grad_step[row] = static_cast<float>(add_up(lanes));
+        }
+    });
+}
+}

@@ -1,0 +1,138 @@
+"""Compiled quantizers against the tensor operations that they replace, and how they are built and refused."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nibblecore.errors import ToolchainError
+from nibblecore.qat import kernels
+from nibblecore.qat.lsq import Lsq, LsqActivations, LsqWeights
+
+
+def both(v: Tensor, step: Tensor, low: int, high: int, kind: str, stored: bool = True) -> list[tuple[Tensor, ...]]:
+    """Result and gradients with the kernels and without."""
+    found = []
+    upstream = torch.randn(v.shape, generator=torch.Generator().manual_seed(7))
+    for compiled in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not compiled:
+                patch.setattr(kernels, "library", lambda: None)
+            a, s = v.clone().requires_grad_(), step.clone().requires_grad_()
+            result = Lsq.apply(a, s, low, high, 0.3, kind, stored)
+            result.backward(upstream)
+            assert a.grad is not None
+            assert s.grad is not None
+            found.append((result.detach(), a.grad, s.grad))
+    return found
+
+
+# Rows shorter than a vector, than a block, and of several blocks; sizes that divide nothing.
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3, 3, 3), (300, 7), (3, 20011), (2, 8192), (70001,)])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_shapes(shape: tuple[int, ...], threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        v = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+        steps = torch.linspace(0.1, 0.4, shape[0] if len(shape) > 1 else 1)
+        steps[0] *= -1  # stored steps may be negative
+        assert kernels.usable(v, steps.abs().reshape(-1, *[1] * (v.ndim - 1)))
+        fast, slow = both(v, steps, -7, 7, "half_even")
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(fast[0], slow[0])
+    assert torch.equal(fast[1], slow[1])
+    torch.testing.assert_close(fast[2], slow[2], rtol=1e-4, atol=1e-5)
+    assert fast[2].shape == steps.shape
+
+
+def test_threads_do_not_change_sums() -> None:
+    # More values than are worth a second thread.
+    v, step = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)), torch.tensor(0.2)
+    grad = torch.randn(1 << 20, generator=torch.Generator().manual_seed(1))
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(kernels.lsq_backward(grad, v, step, 0, 15, "half_up", 0.5))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_sums_are_more_exact_than_float32() -> None:
+    v, step = torch.rand(1 << 20, generator=torch.Generator().manual_seed(0)), torch.tensor(0.2)
+    exact = both(v.double(), step.double(), 0, 15, "half_up")[1][2]
+    fast = both(v, step, 0, 15, "half_up")[0][2]
+    assert float(fast) == pytest.approx(float(exact), rel=1e-4)
+
+
+def test_what_does_not_qualify() -> None:
+    v, step = torch.zeros(4, 6), torch.tensor(1.0)
+    assert kernels.usable(v, step)
+    assert kernels.usable(v, torch.ones(4, 1))
+    assert not kernels.usable(v, torch.ones(6))  # along the columns
+    assert not kernels.usable(v.double(), step)
+    assert not kernels.usable(v, step.double())
+    assert not kernels.usable(v.T, step)
+    assert not kernels.usable(v.to("meta"), step)
+
+
+def test_gradients_of_any_layout() -> None:
+    quantizer = LsqActivations(4, True, 1)
+    with torch.no_grad():
+        quantizer.step.fill_(0.1)
+    x = torch.rand(3, 4, 5, requires_grad=True)
+    quantizer(x).sum().backward()  # an expanded gradient
+    assert x.grad is not None
+    assert torch.equal(x.grad, (x < 1.5).float() * (x > 0))
+    x.grad = None
+    (quantizer(x).transpose(0, 2) * torch.arange(3.0)).sum().backward()
+    assert torch.equal(x.grad, torch.arange(3.0).reshape(3, 1, 1).expand(3, 4, 5) * (x > 0))
+
+
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")  # by torch itself
+def test_a_compiled_model_has_the_same_values() -> None:
+    quantizer = LsqWeights(torch.randn(4, 9, generator=torch.Generator().manual_seed(0)), 4)
+    weight = nn.Parameter(torch.randn(4, 9, generator=torch.Generator().manual_seed(1)))
+    compiled = torch.compile(copy.deepcopy(quantizer), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(weight), quantizer(weight))
+
+
+def test_switched_off() -> None:
+    code = "from nibblecore.qat import kernels; print(kernels.library())"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={"NIBBLECORE_KERNELS": "0"}, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == "None"
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(ToolchainError, match=r"^no-such-compiler is not installed\.\nOn Debian or Ubuntu: apt-get"):
+        kernels.build("no-such-compiler")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    kernels.library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"^quantizers train with tensor operations, which is slower: g\+\+ is"):
+            assert kernels.library() is None
+        assert not kernels.usable(torch.zeros(1), torch.ones(()))
+    finally:
+        kernels.library.cache_clear()
+
+
+def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho out of order >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("NIBBLECORE_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ToolchainError, match=r"^broken does not compile kernels\.cpp:\nout of order$"):
+        kernels.build("broken")
+    assert not list((tmp_path / "cache").rglob("*.so"))
