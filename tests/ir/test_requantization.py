@@ -10,7 +10,7 @@ import pytest
 from nibblecore import ir
 from nibblecore.arch import numerics
 from nibblecore.ir import requantization as rq
-from nibblecore.ir.differences import compare_requantization, to_text
+from nibblecore.ir.differences import compare_requantization
 
 INT32 = (-(1 << 31), (1 << 31) - 1)
 SAMPLES = 1_000_000
@@ -365,10 +365,6 @@ def test_differences() -> None:
     )
     assert summaries[0].outputs == np.mean(core["mean"] != other["mean"])
     assert math.isnan(summaries[0].classes)
-    text = to_text(summaries).splitlines()
-    assert text[0].split() == ["requantization", "codes,", "alone", "codes,", "together", "outputs", "classes"]
-    assert text[1].split()[0] == "gemmlowp"
-    assert text[1].split()[-1] == "-"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from ..arch.config import ARCHS, get_arch
 from ..arch.isa import ISA_VERSION, disassemble
 from ..errors import NibbleError
 from ..runtime.program import Program
-from . import build, compare, demo, execute, training
+from . import build, compare, demo, execute, roundings, training
 from .console import ERR, JSON_OPTION, OUT, print_json, table
 
 app = typer.Typer(
@@ -169,6 +169,7 @@ app.command("compile")(build.compile_model)
 app.command()(compare.export)
 app.command()(execute.run)
 app.command()(compare.diff)
+app.command()(roundings.roundings)
 app.command()(execute.estimate)
 app.command()(demo.demo)
 

@@ -119,12 +119,3 @@ def _other_class(graph: Graph, core: dict[str, Any], other: dict[str, Any]) -> f
     scale = np.asarray(graph.tensors[name].scale).reshape(-1, 1, 1)
     first, second = ((t[name] * scale).argmax(axis=1) for t in (core, other))
     return float((first != second).mean()) if first.size else 0.0
-
-
-def to_text(summaries: Iterable[Summary]) -> str:
-    """A table, one row for each mode."""
-    lines = [f"{'requantization':16}{'codes, alone':>14}{'codes, together':>17}{'outputs':>10}{'classes':>10}"]
-    for row in summaries:
-        classes = "-" if np.isnan(row.classes) else f"{row.classes:.3%}"
-        lines.append(f"{row.mode:16}{row.alone:14.4%}{row.together:17.4%}{row.outputs:10.3%}{classes:>10}")
-    return "\n".join(lines)
