@@ -37,7 +37,8 @@ class Override:
         2, 3, 4 or 8.
     act_bits : int, optional
         2, 3, 4 or 8, of the layer's output; an output of the network becomes codes. The network's input has a path too:
-        the name of its argument; it has 4 or 8 bits.
+        the name of its argument; it has 4 or 8 bits. What a function reads that becomes a table, as SiLU, has 8 bits
+        whatever is set.
     signed, granularity, scale_kind, weight_range, method, calibration : optional
         As in :class:`QConfig`.
     """
