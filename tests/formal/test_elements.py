@@ -20,6 +20,7 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In
 
 from nibblecore_hw.core import elements
+from nibblecore_hw.core.accumulate import EitherAdder
 from nibblecore_hw.core.elements import BitplaneDot, GenericDot, ecp5
 from nibblecore_sim.toolchain import find_smt, find_yosys
 
@@ -96,6 +97,21 @@ def test_a_wrong_carry_cell_is_found(yosys, monkeypatch):
     code, log = yosys(EQUIVALENCE, gold=BitplaneDot(lanes=2), gate=BitplaneDot(lanes=2, technology="ecp5"))
     assert code != 0
     assert "unproven $equiv cells in 'equiv_status -assert'" in log
+
+
+@pytest.mark.parametrize("bits", [1, 8, 25])
+def test_adder_of_alternatives(yosys, bits):
+    """The carry cells of the accumulators, for all operands."""
+    code, log = yosys(
+        "read_rtlil gold.il\nprep -flatten -top top\ndesign -stash gold\n"
+        f"{CELLS}\nread_rtlil gate.il\nhierarchy -top top\nprep -flatten -top top\ndesign -stash gate\n"
+        "design -copy-from gold -as gold top\ndesign -copy-from gate -as gate top\n"
+        "miter -equiv -flatten gold gate miter\nsat -verify -prove trigger 0 miter\n",
+        gold=EitherAdder(bits=bits),
+        gate=EitherAdder(bits=bits, technology="ecp5"),
+    )
+    assert code == 0, log[-3000:]
+    assert "SAT proof finished - no model found: SUCCESS!" in log
 
 
 WIRES = r"""

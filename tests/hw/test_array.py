@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nibblecore.arch.config import ArchConfig
-from nibblecore_hw.core.accumulate import Accumulators
+from nibblecore_hw.core.accumulate import Accumulators, EitherAdder
 from nibblecore_hw.core.array import SystolicArray
 from nibblecore_hw.core.elements import GenericDot
 from nibblecore_hw.layouts import ACC_READ_LATENCY
@@ -149,8 +149,13 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         Accumulators(config(), sum_bits=25, latency=1)
     with pytest.raises(ValueError, match="^latency must be at least 1, not 0$"):
         Accumulators(config(), sum_bits=12, latency=0)
-    with pytest.raises(ValueError, match="^technology must be one of generic, ecp5, not 'gowin'$"):
-        SystolicArray(config(), technology="gowin")
+    for make in (
+        lambda: SystolicArray(config(), technology="gowin"),
+        lambda: Accumulators(config(), sum_bits=12, latency=1, technology="gowin"),
+        lambda: EitherAdder(bits=4, technology="gowin"),
+    ):
+        with pytest.raises(ValueError, match="^technology must be one of generic, ecp5, not 'gowin'$"):
+            make()
     monkeypatch.setattr(GenericDot, "load_cycles", 3)
     text = "element 'generic' takes 3 cycles from load to swap, and the timing of the array allows 1"
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):

@@ -1,8 +1,10 @@
 """Accumulators: one memory per column group and bank, with a pipelined read-modify-write."""
 
+import functools
+import operator
 from typing import Any
 
-from amaranth import Array, Cat, Module, Mux, Signal, Value, signed, unsigned
+from amaranth import Cat, Module, Mux, Signal, signed, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -12,6 +14,50 @@ from nibblecore.arch.config import ArchConfig
 from nibblecore.arch.numerics import wrap
 
 from ..layouts import ACC_READ_LATENCY, acc_read_port
+from .elements.base import check_technology
+from .elements.ecp5 import add_either
+
+
+class EitherAdder(wiring.Component):
+    """``(left[0] | left[1]) + (right[0] | right[1])``, modulo ``2**bits``, in the same cycle.
+
+    Where one of each pair is 0, this adds what a register with a reset has chosen: on an ECP5 the four inputs of a
+    carry cell take both pairs, and no LUT stands before the adder.
+
+    Parameters
+    ----------
+    bits : int
+        Width of operands and sum, at least 1.
+    technology : {"generic", "ecp5"}
+        ``ecp5`` instantiates carry cells, ``generic`` leaves them to synthesis.
+
+    Members
+    -------
+    left, right : In(bits).array(2)
+    total : Out(bits)
+
+    Raises
+    ------
+    ValueError
+        If the technology is unknown.
+    """
+
+    left: Any
+    right: Any
+    total: Signal
+
+    def __init__(self, *, bits: int, technology: str = "generic") -> None:
+        self._technology = check_technology(technology)
+        super().__init__({"left": In(bits).array(2), "right": In(bits).array(2), "total": Out(bits)})
+
+    def elaborate(self, platform: Any) -> Module:
+        m = Module()
+        left, right = (self.left[0], self.left[1]), (self.right[0], self.right[1])
+        if self._technology == "ecp5":
+            add_either(m, left, right, self.total, name="chain")
+        else:
+            m.d.comb += self.total.eq((left[0] | left[1]) + (right[0] | right[1]))
+        return m
 
 
 def control_layout(arch: ArchConfig) -> data.StructLayout:
@@ -54,6 +100,8 @@ class Accumulators(wiring.Component):
         Width of the array's sums, at most ``acc_bits``.
     latency : int
         Cycles from ``control`` to the sums of group 0, at least 1 (:attr:`SystolicArray.latency`).
+    technology : {"generic", "ecp5"}
+        Primitives that may be instantiated.
 
     Members
     -------
@@ -66,7 +114,7 @@ class Accumulators(wiring.Component):
     Raises
     ------
     ValueError
-        If ``sum_bits`` or ``latency`` is out of range.
+        If ``sum_bits`` or ``latency`` is out of range, or the technology is unknown.
     """
 
     HAZARD = 4
@@ -76,13 +124,14 @@ class Accumulators(wiring.Component):
     read: Any
     done_stb: Signal
 
-    def __init__(self, arch: ArchConfig, *, sum_bits: int, latency: int) -> None:
+    def __init__(self, arch: ArchConfig, *, sum_bits: int, latency: int, technology: str = "generic") -> None:
         if not 1 <= sum_bits <= arch.acc_bits:
             raise ValueError(f"sum_bits must be in 1..{arch.acc_bits}, not {sum_bits}")
         if latency < 1:
             raise ValueError(f"latency must be at least 1, not {latency}")
         self._arch = arch
         self._latency = latency
+        self._technology = check_technology(technology)
         super().__init__(
             {
                 "control": In(control_layout(arch)),
@@ -115,54 +164,65 @@ class Accumulators(wiring.Component):
             delayed.append(stage)
         m.d.comb += self.done_stb.eq(delayed[self.done_latency].valid & delayed[self.done_latency].end)
 
-        held: dict[tuple[int, int], Signal] = {}
+        # What block RAM gives goes into registers that are reset, one of all to add or to drain: so an OR chooses, for
+        # which an adder's carry cells have inputs left.
+        drains: list[Signal] = []
         word = data.ArrayLayout(signed(arch.acc_bits), arch.post_lanes)
         for group in range(groups):
             arrival = self._latency + group
+            # The memory's word and the sum to be added to it stand side by side in the cycle of delayed[arrival];
+            # what is to happen to them is decided one before.
+            begin, end = delayed[arrival - 1], delayed[arrival + 2]
+            before = [Signal(word, name=f"before{group}_{bank}", reset_less=True) for bank in range(2)]
             totals = Signal(word, name=f"totals{group}", reset_less=True)
             for bank in range(2):
                 memory = Memory(shape=unsigned(word.size), depth=arch.acc_depth, init=[], attrs={"no_rw_check": 1})
                 m.submodules[f"group{group}_bank{bank}"] = memory
                 read, write = memory.read_port(), memory.write_port()
-                begin, end = delayed[arrival - 1], delayed[arrival + 2]
                 adding, draining = Signal(name=f"adding{group}_{bank}"), Signal(name=f"draining{group}_{bank}")
-                held[group, bank] = Signal(word, name=f"held{group}_{bank}", reset_less=True)
+                counts, drained = (Signal(name=f"{n}{group}_{bank}", reset_less=True) for n in ("counts", "drained"))
+                drain = Signal(word.size, name=f"drain{group}_{bank}", reset_less=True)
+                drains.append(drain)
                 m.d.comb += [
                     adding.eq(begin.valid & (begin.bank == bank)),
-                    draining.eq(self.read.en & (self.read.bank == bank) & (self.read.group == group)),
+                    draining.eq((self.read.bank == bank) & (self.read.group == group)),
                     read.addr.eq(Mux(adding, begin.addr, self.read.addr)),
-                    read.en.eq(adding | draining),
+                    read.en.eq(adding | (draining & self.read.en)),
                     write.addr.eq(end.addr),
                     write.data.eq(totals),
                     write.en.eq(end.valid & (end.bank == bank)),
                 ]
-                m.d.sync += held[group, bank].eq(read.data)
-            shift, add = delayed[arrival].shift, delayed[arrival + 1]
+                m.d.sync += [
+                    counts.eq((begin.bank == bank) & ~begin.overwrite),
+                    drained.eq(draining),
+                    before[bank].eq(read.data),
+                    drain.eq(read.data),
+                ]
+                with m.If(~counts):
+                    m.d.sync += before[bank].eq(0)
+                with m.If(~drained):
+                    m.d.sync += drain.eq(0)
+            shifts, by_8 = (Signal(name=f"{n}{group}", reset_less=True) for n in ("shifts", "by_8"))
+            m.d.sync += [shifts.eq(begin.shift != 0), by_8.eq(begin.shift[1])]
             for lane in range(arch.post_lanes):
-                product = self.sums[group * arch.post_lanes + lane]
-                shifted = Signal(signed(len(product) + 8), name=f"shifted{group}_{lane}", reset_less=True)
-                with m.Switch(shift):
-                    with m.Case(0):
-                        m.d.sync += shifted.eq(product)
-                    with m.Case(1):
-                        m.d.sync += shifted.eq(product << 4)
-                    with m.Default():
-                        m.d.sync += shifted.eq(product << 8)
-                before = Mux(add.overwrite, 0, Mux(add.bank, held[group, 1][lane], held[group, 0][lane]))
-                m.d.sync += totals[lane].eq(before + shifted)
+                column = group * arch.post_lanes + lane
+                product = self.sums[column]
+                straight = Signal(product.shape(), name=f"straight{column}", reset_less=True)
+                shifted = Signal(signed(len(product) + 8), name=f"shifted{column}", reset_less=True)
+                with m.If(shifts):
+                    m.d.sync += [straight.eq(0), shifted.eq(Mux(by_8, product << 8, product << 4))]
+                with m.Else():
+                    m.d.sync += [straight.eq(product), shifted.eq(0)]
+                m.submodules[f"add{column}"] = adder = EitherAdder(bits=arch.acc_bits, technology=self._technology)
+                m.d.comb += [adder.left[bank].eq(before[bank][lane]) for bank in range(2)]
+                m.d.comb += [adder.right[0].eq(straight), adder.right[1].eq(shifted)]
+                m.d.sync += totals[lane].eq(adder.total)
 
-        # The memory's register and `held` are the first two edges of the drain, the register behind this multiplexer is
-        # the third.
+        # The memory's register and `drain` are the first two edges, the register behind the OR is the third.
         assert ACC_READ_LATENCY == 3
-        select: Value = Cat(self.read.bank, self.read.group)
-        for i in range(2):
-            later = Signal(len(select), name=f"select{i}", reset_less=True)
-            m.d.sync += later.eq(select)
-            select = later
-        drained = Signal(word, reset_less=True)
-        choices = Array([held[group, bank].as_value() for group in range(groups) for bank in range(2)])
-        m.d.sync += drained.eq(choices[select])
-        m.d.comb += self.read.data.eq(drained)
+        drained_word = Signal(word, reset_less=True)
+        m.d.sync += drained_word.eq(functools.reduce(operator.or_, drains))
+        m.d.comb += self.read.data.eq(drained_word)
         return m
 
     def model(self, before: int, product: int, *, overwrite: bool, shift: int) -> int:

@@ -97,7 +97,9 @@ class MacEngine(wiring.Component):
     def __init__(self, arch: ArchConfig, *, technology: str = "generic") -> None:
         self._arch = arch
         self._array = SystolicArray(arch, technology=technology)
-        self._accumulators = Accumulators(arch, sum_bits=self._array.sum_bits, latency=self._array.latency)
+        self._accumulators = Accumulators(
+            arch, sum_bits=self._array.sum_bits, latency=self._array.latency, technology=technology
+        )
         super().__init__(
             {
                 "command": In(command_signature()),

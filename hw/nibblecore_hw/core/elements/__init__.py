@@ -3,8 +3,8 @@
 
 from typing import Any, Final
 
-from .base import DotElement
-from .bitplane import TECHNOLOGIES, BitplaneDot
+from .base import TECHNOLOGIES, DotElement, check_technology
+from .bitplane import BitplaneDot
 from .generic import GenericDot
 
 ELEMENTS: Final[dict[str, type[DotElement]]] = {"generic": GenericDot, "bitplane": BitplaneDot}
@@ -32,8 +32,7 @@ def make_element(kind: str, *, lanes: int, technology: str = "generic", **option
     """
     if kind not in ELEMENTS:
         raise ValueError(f"element must be one of {', '.join(ELEMENTS)}, not {kind!r}")
-    if technology not in TECHNOLOGIES:
-        raise ValueError(f"technology must be one of {', '.join(TECHNOLOGIES)}, not {technology!r}")
+    check_technology(technology)
     element = ELEMENTS[kind]
     if element is BitplaneDot:
         options["technology"] = technology

@@ -4,12 +4,9 @@ from typing import Any
 
 from amaranth.hdl import Cat, Const, Module, Signal, Value
 
-from .base import DotElement, check_int
+from .base import DotElement, check_int, check_technology
 from .ecp5 import add_chains, plan_chains
 from .heap import Bit, Plan, Product, Row, Wire, plan_dot
-
-TECHNOLOGIES = ("generic", "ecp5")
-"""Primitives that an element may instantiate: none, or those of the ECP5."""
 
 # Activation bit 3 and weight bits 1 and 2 are inverted in the registers; heap.second_operand says why.
 ACTIVATION_POLARITY = 0b1000
@@ -45,12 +42,10 @@ class BitplaneDot(DotElement):
     def __init__(
         self, *, lanes: int, technology: str = "generic", levels_per_stage: int = 2, chain_cells: int = 48
     ) -> None:
-        if technology not in TECHNOLOGIES:
-            raise ValueError(f"technology must be one of {', '.join(TECHNOLOGIES)}, not {technology!r}")
+        self._technology = check_technology(technology)
         check_int("levels_per_stage", levels_per_stage, 1, 4)
         check_int("chain_cells", chain_cells, 16, 192)
         super().__init__(lanes=lanes)
-        self._technology = technology
         self._chain_cells = chain_cells
         self._plan = plan_dot(lanes=lanes, levels_per_stage=levels_per_stage)
 

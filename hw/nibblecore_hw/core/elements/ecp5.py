@@ -153,21 +153,38 @@ def add_chains(
                     )
                 )
             carry_out = sums[row.index][row.cells] if row.carry_out else None
-        if len(cells) % 2:
-            cells.append(_joint(operand(chain[-1], None), sum=carry_out))
-            carry_out = None
-        carry_signal = carry_in
-        for n in range(0, len(cells), 2):
-            ports: dict[str, Value | int | str] = {"i_CIN": carry_signal, "p_INJECT1_0": "NO", "p_INJECT1_1": "NO"}
-            for half, cell in enumerate(cells[n : n + 2]):
-                ports[f"p_INIT{half}"] = Const(cell.init, 16)
-                ports |= {f"i_{port}{half}": pin for port, pin in zip("ABCD", cell.inputs, strict=True)}
-                # An open pin would be a lint error in Verilator.
-                unused = Signal(name=f"chain{number}_unused{n + half}")
-                ports[f"o_S{half}"] = unused if cell.sum is None else cell.sum
-            if n + 2 < len(cells) or carry_out is None:
-                carry_signal = Signal(name=f"chain{number}_carry{n // 2}")
-                ports["o_COUT"] = carry_signal
-            else:
-                ports["o_COUT"] = carry_out
-            m.submodules[f"chain{number}_{n // 2}"] = Instance("CCU2C", **ports)
+        _instantiate(m, cells, name=f"chain{number}", carry_in=carry_in, carry_out=carry_out)
+
+
+def add_either(m: Module, left: tuple[Value, Value], right: tuple[Value, Value], total: Signal, *, name: str) -> None:
+    """``total = (left[0] | left[1]) + (right[0] | right[1])`` in one chain of ``len(total)`` half-cells.
+
+    All five have the same width; the sum wraps. Submodules are called ``<name>_<n>``.
+    """
+    either = 0b1110
+    cells = [
+        _HalfCell(_Operand(either, (a, b), fixed=False), _Operand(either, (c, d), fixed=False), sum=s)
+        for a, b, c, d, s in zip(*left, *right, total, strict=True)
+    ]
+    _instantiate(m, cells, name=name, carry_in=Const(0, 1), carry_out=None)
+
+
+def _instantiate(m: Module, cells: list[_HalfCell], *, name: str, carry_in: Value, carry_out: Value | None) -> None:
+    """One chain; an odd number of half-cells gets one more, which gives ``carry_out`` as its sum."""
+    if len(cells) % 2:
+        cells = [*cells, _joint(_Operand(0b0000, (_ONE, _ONE), fixed=True), sum=carry_out)]
+        carry_out = None
+    for n in range(0, len(cells), 2):
+        ports: dict[str, Value | int | str] = {"i_CIN": carry_in, "p_INJECT1_0": "NO", "p_INJECT1_1": "NO"}
+        for half, cell in enumerate(cells[n : n + 2]):
+            ports[f"p_INIT{half}"] = Const(cell.init, 16)
+            ports |= {f"i_{port}{half}": pin for port, pin in zip("ABCD", cell.inputs, strict=True)}
+            # An open pin would be a lint error in Verilator.
+            unused = Signal(name=f"{name}_unused{n + half}")
+            ports[f"o_S{half}"] = unused if cell.sum is None else cell.sum
+        if n + 2 < len(cells) or carry_out is None:
+            carry_in = Signal(name=f"{name}_carry{n // 2}")
+            ports["o_COUT"] = carry_in
+        else:
+            ports["o_COUT"] = carry_out
+        m.submodules[f"{name}_{n // 2}"] = Instance("CCU2C", **ports)
