@@ -221,7 +221,8 @@ _ARRAYS: Final = ("train_images", "train_labels", "test_images", "test_labels")
 
 def _npz(path: Path) -> DataSet:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here, as numpy leaves files open that are broken.
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             if missing := [key for key in _ARRAYS if key not in file]:
                 raise DataError(f"{path} has no array {missing[0]!r}; it must have {', '.join(_ARRAYS)}.")
             arrays = {key: file[key] for key in _ARRAYS}
@@ -306,6 +307,8 @@ def _subfolders(path: Path) -> list[str]:
 def _files(path: Path, classes: list[str]) -> list[tuple[Path, int]]:
     found = []
     for label, name in enumerate(classes):
+        if not (path / name).is_dir():
+            continue  # a class that has only training images
         files = sorted(p for p in (path / name).iterdir() if p.suffix.lower() in (*IMAGE_SUFFIXES, ".npy"))
         if not files:
             raise DataError(f"{path / name} has no images; known are {', '.join(IMAGE_SUFFIXES)} and .npy.")
@@ -317,9 +320,9 @@ def _read_images(files: list[tuple[Path, int]], section: DataSection) -> TensorS
     images: list[Tensor] = []
     for file, _ in files:
         image = _read_array(file) if file.suffix.lower() == ".npy" else _read_image(file, section)
-        if images and image.shape != images[0].shape:
+        if images and (image.shape, image.dtype) != (images[0].shape, images[0].dtype):
             raise DataError(
-                f"{file} has the shape {tuple(image.shape)}, and {files[0][0]} has {tuple(images[0].shape)}.",
+                f"{file} is {_kind(image)}, and {files[0][0]} is {_kind(images[0])}.",
                 hint="Set data.image_size to resize all images, and data.channels to 1 or 3.",
             )
         images.append(image)
@@ -331,6 +334,10 @@ def _read_images(files: list[tuple[Path, int]], section: DataSection) -> TensorS
     labels = torch.tensor([label for _, label in files], dtype=torch.int64)
     stacked = torch.stack(images) if images else torch.zeros(0, 1, 1, 1)
     return TensorSplit(stacked, labels, tuple(str(f) for f, _ in files))
+
+
+def _kind(image: Tensor) -> str:
+    return f"{str(image.dtype).removeprefix('torch.')} of shape {tuple(image.shape)}"
 
 
 def _read_image(file: Path, section: DataSection) -> Tensor:
@@ -354,7 +361,8 @@ def _read_image(file: Path, section: DataSection) -> Tensor:
 
 def _read_array(file: Path) -> Tensor:
     try:
-        value: Any = np.load(file, allow_pickle=False)
+        with file.open("rb") as opened:
+            value: Any = np.load(opened, allow_pickle=False)
     except Exception as error:  # as above
         raise DataError(f"{file} is a broken array: {error}.", hint="Replace it, or leave it out.") from error
     if value.ndim == 2:

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -529,11 +530,10 @@ def _value(value: Any) -> str:
 
 def dump_toml(content: Mapping[str, Any], prefix: str = "") -> str:
     """Numbers, texts, truth values, lists of them, tables, and lists of tables, as TOML."""
-    lines = [f"{k} = {_value(v)}" for k, v in content.items() if not _is_table(v)]
+    keys = {k: k if re.fullmatch("[A-Za-z0-9_-]+", k) else _value(k) for k in content}
+    lines = [f"{keys[k]} = {_value(v)}" for k, v in content.items() if not _is_table(v)]
     for key, value in content.items():
-        path = (
-            f"{prefix}{key if key.replace('_', '').replace('-', '').isalnum() and key.isascii() else json.dumps(key)}"
-        )
+        path = prefix + keys[key]
         if isinstance(value, Mapping):
             lines += ["", f"[{path}]", dump_toml(value, f"{path}.").rstrip("\n")]
         elif _is_table(value):
