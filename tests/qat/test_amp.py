@@ -126,7 +126,7 @@ def test_the_same_weights_give_the_same_integers(name: str) -> None:
     for a, b in zip(plain.nodes, mixed.nodes, strict=True):
         if isinstance(a, ir.Conv) and isinstance(b, ir.Conv):
             for field in ("weight", "bias", "mult", "shift"):
-                assert np.array_equal(getattr(a, field), getattr(b, field)), (a.name, field)
+                assert np.array_equal(getattr(a, field), getattr(b, field)), (a.output, field)
     assert plain.tensors == mixed.tensors
     # Calibrated on values of bfloat16, steps are near.
     for path, quantizer in model._quantizers().items():

@@ -1,5 +1,6 @@
 """Calibration against closed forms and direct computation."""
 
+import copy
 import math
 from typing import Any
 
@@ -43,14 +44,11 @@ def test_histograms_grow_by_merging() -> None:
         values.append(x)
         histogram.observe(x)
     every = torch.cat(values).numpy()
-    first = float(values[1].abs().max()) / Histogram.BINS
-    doublings = round(math.log2(histogram.width / first))
-    assert histogram.width == first * 2**doublings
-    assert np.abs(every).max() <= histogram.width * Histogram.BINS < 2 * np.abs(every).max()
+    assert math.frexp(histogram.width)[0] == 0.5
+    assert np.abs(every).max() < histogram.width * Histogram.BINS <= 2 * np.abs(every).max()
     index = np.clip(np.floor(every / histogram.width).astype(int) + Histogram.BINS, 0, 2 * Histogram.BINS - 1)
     expected = np.bincount(index, minlength=2 * Histogram.BINS)
-    # The largest value of the first batch is in the last bin below its edge.
-    assert np.abs(histogram.counts - expected).sum() <= 2
+    assert np.array_equal(histogram.counts, expected)
     assert histogram.counts.sum() == 12000
 
 
@@ -178,3 +176,33 @@ def test_number_of_batches() -> None:
     first = float(model.pool.output_quantizer.scale().detach())
     calibrate(model, [x])
     assert float(model.pool.output_quantizer.scale().detach()) == first
+
+
+@pytest.mark.parametrize("name", sorted(CALIBRATIONS))
+def test_calibrators_of_several_processes_are_one(name: str) -> None:
+    """Merged, they give what one gives that has seen batches of both."""
+    torch.manual_seed(0)
+    first, second = ([torch.randn(500) * s for s in sizes] for sizes in ((1.0, 5.0, 0.0), (0.0, 0.3, 7.0)))
+    parts: Any = [CALIBRATIONS[name]() for _ in range(3)]
+    whole: Any = CALIBRATIONS[name]()
+    for a, b in zip(first, second, strict=True):
+        parts[0].observe(a)
+        parts[1].observe(b)
+        whole.observe(torch.cat((a, b)))
+    merged = copy.deepcopy(parts[0])
+    for other in parts[1:] if name != "mean_range" else parts[1:2]:  # the last has seen nothing
+        merged.merge(other)
+    backwards = copy.deepcopy(parts[1])
+    backwards.merge(parts[0])
+    for arguments in ((4, -8, 7, False), (4, 0, 15, False), (4, -8, 7, True)):
+        assert merged.range(*arguments) == pytest.approx(whole.range(*arguments), rel=1e-12)
+        assert backwards.range(*arguments) == pytest.approx(whole.range(*arguments), rel=1e-12)
+
+
+def test_batches_that_only_one_process_has() -> None:
+    calibrator, other = MeanRange(), MeanRange()
+    calibrator.observe(torch.tensor([-1.0, 2.0]))
+    for batch in ([-3.0, 1.0], [-4.0, 6.0]):
+        other.observe(torch.tensor(batch))
+    calibrator.merge(other)
+    assert calibrator.range(4, -8, 7, True) == (-3.5, 4.0)

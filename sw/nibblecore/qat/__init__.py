@@ -29,6 +29,7 @@ from .prepare import (
     parameter_groups,
     prepare,
     reestimate_batch_norm,
+    synchronize_batch_norm,
 )
 from .presets import PRESETS, Preset
 from .regularization import (
@@ -97,5 +98,6 @@ __all__ = [
     "presets",
     "reestimate_batch_norm",
     "save_checkpoint",
+    "synchronize_batch_norm",
     "tqt",
 ]

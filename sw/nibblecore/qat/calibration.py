@@ -5,9 +5,10 @@ grids without a zero point the smallest symmetric one around it. Register others
 """
 
 import abc
+import copy
 import math
 from collections.abc import Callable
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,14 @@ class Calibrator(abc.ABC):
 
     @abc.abstractmethod
     def observe(self, x: Tensor) -> None:
-        """Take in one batch; any shape, finite values."""
+        """Take in one batch; any shape, at least one value, finite values."""
+
+    @abc.abstractmethod
+    def merge(self, other: Self) -> None:
+        """Take in what the calibrator of another process has observed, as if both had been one.
+
+        The first batches of both are one batch, and so on.
+        """
 
     @abc.abstractmethod
     def range(self, bits: int, low: int, high: int, affine: bool) -> tuple[float, float]:
@@ -48,6 +56,11 @@ class MeanMagnitude(Calibrator):
         self.count += x.numel()
         self.largest = max(self.largest, float(magnitude.max()))
 
+    def merge(self, other: Self) -> None:
+        self.total += other.total
+        self.count += other.count
+        self.largest = max(self.largest, other.largest)
+
     def range(self, bits: int, low: int, high: int, affine: bool) -> tuple[float, float]:
         step = min(2 * self.total / self.count / math.sqrt(high), self.largest / high)
         return step * low, step * high
@@ -63,6 +76,9 @@ class MinMax(Calibrator):
         low, high = x.aminmax()
         self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
 
+    def merge(self, other: Self) -> None:
+        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
+
     def range(self, bits: int, low: int, high: int, affine: bool) -> tuple[float, float]:
         return self.low, self.high
 
@@ -71,24 +87,27 @@ class MeanRange(Calibrator):
     """The mean over batches of each batch's smallest and largest value."""
 
     def __init__(self) -> None:
-        self.low = self.high = 0.0
-        self.batches = 0
+        self.ranges: list[tuple[float, float]] = []
 
     def observe(self, x: Tensor) -> None:
         low, high = x.aminmax()
-        self.low += float(low)
-        self.high += float(high)
-        self.batches += 1
+        self.ranges.append((float(low), float(high)))
+
+    def merge(self, other: Self) -> None:
+        both = list(zip(self.ranges, other.ranges, strict=False))
+        rest = self.ranges[len(both) :] + other.ranges[len(both) :]
+        self.ranges = [(min(a[0], b[0]), max(a[1], b[1])) for a, b in both] + rest
 
     def range(self, bits: int, low: int, high: int, affine: bool) -> tuple[float, float]:
-        return min(0.0, self.low / self.batches), max(0.0, self.high / self.batches)
+        lows, highs = zip(*self.ranges, strict=True)
+        return min(0.0, sum(lows) / len(lows)), max(0.0, sum(highs) / len(highs))
 
 
 class Histogram(Calibrator):
     """Counts of values in bins of equal width, ``BINS`` on either side of 0: bin ``k`` is ``k*w <= x < (k+1)*w``.
 
-    The first batch with a value other than 0 sets ``w`` to its largest magnitude over ``BINS``; where a later one needs
-    more, bins are merged by twos, which is exact.
+    ``w`` is the smallest power of two for which all values fit. Where a batch needs more, bins are merged by twos,
+    which is exact: counts depend on the values only, not on how they came in batches and processes.
     """
 
     BINS: Final = 1 << 15
@@ -97,27 +116,43 @@ class Histogram(Calibrator):
         self.width = 0.0
         self.counts: npt.NDArray[np.int64] = np.zeros(2 * self.BINS, np.int64)
 
-    def observe(self, x: Tensor) -> None:
-        largest = float(x.abs().max())
-        if not self.width:
-            if not largest:
-                self.counts[self.BINS] += x.numel()
-                return
-            self.width = largest / self.BINS
-        while largest > self.width * self.BINS:
+    def _widen(self, width: float) -> None:
+        """Make bins at least ``width`` wide, a power of two."""
+        # While there is no width, all values are 0 and in the bin that starts there.
+        self.width = self.width or width
+        while self.width < width:
             merged = self.counts.reshape(-1, 2).sum(1)
             self.counts[:] = 0
             self.counts[self.BINS // 2 : self.BINS // 2 + len(merged)] = merged
             self.width *= 2
-        index = torch.floor(x.detach().reshape(-1).double() / self.width).long() + self.BINS
-        # The largest value itself belongs to the last bin.
-        index = index.clamp_(0, 2 * self.BINS - 1)
-        self.counts += torch.bincount(index, minlength=2 * self.BINS).cpu().numpy()
 
-    def magnitudes(self, bins: int) -> FloatArray:
-        """Counts of ``|x|`` in ``bins`` bins from 0 to ``BINS`` widths."""
+    def observe(self, x: Tensor) -> None:
+        largest = float(x.abs().max())
+        if not largest:
+            self.counts[self.BINS] += x.numel()
+            return
+        self._widen(math.ldexp(1.0, math.frexp(largest)[1]) / self.BINS)
+        index = torch.floor(x.detach().reshape(-1).double() / self.width).long() + self.BINS
+        self.counts += torch.bincount(index.clamp_(0, 2 * self.BINS - 1), minlength=2 * self.BINS).cpu().numpy()
+
+    def merge(self, other: Self) -> None:
+        if other.width:
+            self._widen(other.width)
+        if self.width:
+            other = copy.deepcopy(other)
+            other._widen(self.width)
+        self.counts += other.counts
+
+    def magnitudes(self, bins: int) -> tuple[FloatArray, float]:
+        """Counts of ``|x|`` in ``bins`` bins from 0 to the largest value, and their width.
+
+        Their edges are between those here, whose counts are split as if values were spread evenly.
+        """
         folded = self.counts[self.BINS :] + self.counts[: self.BINS][::-1]
-        return folded.reshape(bins, -1).sum(1).astype(np.float64)
+        used = int(np.flatnonzero(folded)[-1]) + 1 if folded.any() else 0
+        below = np.concatenate(([0], np.cumsum(folded[:used])))
+        edges = np.linspace(0, used, bins + 1)
+        return np.diff(np.interp(edges, np.arange(used + 1), below)), used / bins * self.width
 
 
 class Percentile(Histogram):
@@ -144,17 +179,17 @@ class Entropy(Histogram):
     SYMMETRIC: ClassVar[bool] = False
 
     def range(self, bits: int, low: int, high: int, affine: bool) -> tuple[float, float]:
-        counts = self.magnitudes(self.MAGNITUDES)
+        counts, width = self.magnitudes(self.MAGNITUDES)
+        if not self.width:
+            return 0.0, 0.0
         # Behind a ReLU, half of all values are 0; they say nothing about the threshold.
         counts[0] = counts[1]
         levels = 1 << (bits - 1 if low < 0 else bits)
-        if not counts.any():
-            return 0.0, 0.0
         used = int(np.flatnonzero(counts)[-1]) + 1
         start = min(used, max(levels, 128 if bits == 8 else 16))
         divergences = [kl_divergence(counts, i, levels, self.SYMMETRIC) for i in range(start, used + 1)]
         best = start + len(divergences) - 1 - int(np.argmin(divergences[::-1]))
-        threshold = best * self.width * self.BINS / self.MAGNITUDES
+        threshold = best * width
         return (-threshold if low < 0 else 0.0), threshold
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .distributed import reduce_max
 from .lsq import STEP_MIN, NearestPowerOfTwo, quantize
 from .methods import METHODS, ActQuantizer, Method, MethodOptions, WeightQuantizer
 
@@ -163,9 +164,12 @@ class IaoActivations(ActQuantizer):
             if not self.fake_quant_enabled:
                 self.observe(x)
             return
+        if not x.numel():
+            return
         zero = x.new_zeros(())
         low, high = self._ends(x)
-        now = torch.stack((low.minimum(zero), high.maximum(zero))).to(self.range)
+        low, high = reduce_max(torch.stack((-low.minimum(zero), high.maximum(zero))))
+        now = torch.stack((-low, high)).to(self.range)
         moved = self.range.lerp(now, 1 - self.options.decay)
         # Without calibration, the first batch sets the range.
         self.range.copy_(torch.where(self.range.isnan(), now, moved))

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..arch import numerics
 from ..frontend.from_torch import FloatAvgPool, FloatBatchNorm, FloatConv
+from .distributed import processes, reduce_sum
 from .methods import ActQuantizer, WeightQuantizer, wide
 from .powers import exponent, power_of_two
 
@@ -147,6 +148,8 @@ class QuantLayer(QuantOp, abc.ABC):
     """Whether ``norm`` goes into the weights before they are quantized."""
     bias_bits: int | None = None
     """8: the integer bias of each channel is one of -128..127 times a power of two that the layer shares."""
+    sync_norm = False
+    """Whether ``norm`` takes the statistics of all processes that train together."""
     frozen_norm = False
     """Whether ``norm`` keeps its running statistics in training mode too, and uses them."""
 
@@ -279,6 +282,49 @@ class QuantLayer(QuantOp, abc.ABC):
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution or matrix product."""
 
+    def _synchronized(self) -> bool:
+        return self.sync_norm or isinstance(self.norm, nn.SyncBatchNorm)
+
+    def _batch_statistics(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance per channel of a batch, which the running ones take in.
+
+        Where they are synchronized, of the batches of all processes.
+        """
+        assert self.norm is not None
+        h = wide(h)
+        dims = (0, *range(2, h.ndim))
+        own = h.numel() // h.shape[1]
+        count = torch.full((), own, dtype=h.dtype, device=h.device)
+        if self._synchronized() and processes() > 1:
+            count = reduce_sum(count)
+            mean = reduce_sum(h.sum(dims)) / count
+            shape = (-1, *[1] * (h.ndim - 2))
+            var = reduce_sum((h - mean.reshape(shape)).square().sum(dims)) / count
+        else:
+            var, mean = torch.var_mean(h, dims, correction=0)
+        with torch.no_grad():
+            running_mean, running_var = self.norm.running_mean, self.norm.running_var
+            assert running_mean is not None
+            assert running_var is not None
+            assert self.norm.num_batches_tracked is not None
+            assert self.norm.momentum is not None
+            self.norm.num_batches_tracked += 1
+            running_mean.lerp_(mean, self.norm.momentum)
+            running_var.lerp_(var * (count / (count - 1).clamp_min(1)), self.norm.momentum)
+        return mean, var
+
+    def _normalized(self, h: Tensor) -> Tensor:
+        """``norm`` in training mode."""
+        assert self.norm is not None
+        if not self.sync_norm or processes() == 1:
+            result: Tensor = self.norm(h)
+            return result
+        mean, var = self._batch_statistics(h)
+        factor = (var + self.norm.eps).rsqrt() * self.norm.weight
+        shape = (-1, *[1] * (h.ndim - 2))
+        normal = (wide(h) - mean.reshape(shape)) * factor.reshape(shape) + self.norm.bias.reshape(shape)
+        return normal.to(h.dtype)
+
     def _folded_with_batch(self, x: Grid) -> Tensor:
         """The result with ``norm`` folded into the weights with the statistics of this batch, which it takes in."""
         assert self.norm is not None
@@ -289,18 +335,7 @@ class QuantLayer(QuantOp, abc.ABC):
             shape = (-1, *[1] * (self.weight.ndim - 2))
             h = h * self.correction.gamma.reshape(shape) + self.correction.beta.reshape(shape)
             bias = self.correction.beta if bias is None else bias * self.correction.gamma + self.correction.beta
-        dims = (0, *range(2, h.ndim))
-        var, mean = torch.var_mean(wide(h), dims, correction=0)
-        with torch.no_grad():
-            running_mean, running_var = self.norm.running_mean, self.norm.running_var
-            assert running_mean is not None
-            assert running_var is not None
-            assert self.norm.num_batches_tracked is not None
-            assert self.norm.momentum is not None
-            count = h.numel() // len(mean)
-            self.norm.num_batches_tracked += 1
-            running_mean.lerp_(mean, self.norm.momentum)
-            running_var.lerp_(var * (count / max(1, count - 1)), self.norm.momentum)
+        mean, var = self._batch_statistics(h)
         factor = (var + self.norm.eps).rsqrt() * self.norm.weight
         weight = self.weight * self._per_channel(factor)
         offset = self.norm.bias - mean * factor
@@ -324,7 +359,7 @@ class QuantLayer(QuantOp, abc.ABC):
             if self.correction is not None:
                 shape = (-1, *[1] * (self.weight.ndim - 2))
                 y = y * self.correction.gamma.reshape(shape) + self.correction.beta.reshape(shape)
-            y = self.norm(y)
+            y = self._normalized(y)
         else:
             y = self._product(x.x, *self._parameters_for(x.step))
         return self.finish(y)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .calibration import affine_grid
+from .distributed import processes
 from .lsq import Lsq, LsqActivations, LsqOptions, LsqWeights
 from .methods import METHODS, Method, check_choice
 
@@ -117,7 +118,7 @@ class LsqPlusActivations(LsqActivations):
     def grad_scale(self, x: Tensor) -> float:
         if not self.affine or not self.options.grad_scale:
             return super().grad_scale(x)
-        count = x.numel() if self.options.act_count == "batch" else self.features
+        count = x.numel() * processes() if self.options.act_count == "batch" else self.features
         return 1 / math.sqrt(count * ((1 << self.bits) - 1))
 
     def set_range(self, low: float, high: float) -> None:

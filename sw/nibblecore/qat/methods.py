@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..arch import numerics
 from .calibration import CALIBRATIONS, Calibrator
+from .distributed import gather
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,6 +233,16 @@ class ActQuantizer(nn.Module, abc.ABC):
             self.calibrator = CALIBRATIONS[self.calibration]()
         if x.numel():
             self.calibrator.observe(x)
+
+    def join(self) -> None:
+        """Let calibration have seen what all processes have: a collective operation, see :mod:`.distributed`."""
+        merged: Calibrator | None = None
+        for calibrator in gather(self.calibrator):  # in the same order everywhere, so that results are the same
+            if merged is None:
+                merged = calibrator
+            elif calibrator is not None:
+                merged.merge(calibrator)
+        self.calibrator = merged
 
     def finish(self) -> None:
         """Set the grid from what has been observed and forget it."""

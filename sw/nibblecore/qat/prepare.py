@@ -27,6 +27,7 @@ from ..frontend.from_torch import (
     walk_readers,
 )
 from .config import QConfig
+from .distributed import gather, processes, reduce_sum
 from .layers import Correction, Grid, QuantLayer, QuantOp
 from .methods import ActQuantizer, InputQuantizer, Method, WeightQuantizer, method
 from .operators import build
@@ -455,7 +456,7 @@ def _observing(model: QuantModel) -> Iterator[dict[str, ActQuantizer]]:
             quantizer.calibrator = None
 
 
-def calibrate(model: QuantModel, loader: Iterable[Any], batches: int | None = None) -> None:
+def calibrate(model: QuantModel, loader: Iterable[Any], batches: int | None = None, *, sync: bool = True) -> None:
     """Set the steps of all activations from data, with unquantized weights and activations.
 
     Parameters
@@ -463,27 +464,46 @@ def calibrate(model: QuantModel, loader: Iterable[Any], batches: int | None = No
     model : QuantModel
         From :func:`prepare`. Steps that it already has are replaced.
     loader : iterable
-        Batches: tensors, or tuples and lists whose first item is the tensor.
+        Batches: tensors, or tuples and lists whose first item is the tensor. Empty ones are passed over.
     batches : int, optional
         How many of them to use; all by default. FQN takes 20, with ``calibration="percentile"``.
+    sync : bool
+        Whether processes that train together, each with batches of its own, find one grid from what all of them have
+        seen; then each must call this. The first batches of all are taken for one batch, and so on, as far as the
+        method looks at batches.
 
     Raises
     ------
     TrainingError
-        No batch, or values that are not finite.
+        No batch, or values that are not finite, in any process.
     """
     device = next(model.parameters()).device
+    sync = sync and processes() > 1
     with _observing(model) as quantizers, torch.no_grad():
-        count = 0
-        for batch in itertools.islice(loader, batches):
-            x = batch[0] if isinstance(batch, (tuple, list)) else batch
-            for name, grid in model._execute(x.to(device)).items():
-                if not bool(torch.isfinite(grid.x).all()):
-                    raise TrainingError(f"Calibration batch {count} makes values at {name} that are not finite.")
-            count += 1
-        if not count:
+        count, failure = 0, None
+        try:
+            for batch in itertools.islice(loader, batches):
+                x = batch[0] if isinstance(batch, (tuple, list)) else batch
+                if not len(x):
+                    continue
+                for name, grid in model._execute(x.to(device)).items():
+                    if not bool(torch.isfinite(grid.x).all()):
+                        raise TrainingError(f"Calibration batch {count} makes values at {name} that are not finite.")
+                count += 1
+        except TrainingError as error:
+            failure = error
+        # Before anything else is waited for: a process that stops alone would leave the others waiting.
+        reports = gather((count, failure and str(failure))) if sync else [(count, None)]
+        if failure is not None:
+            raise failure
+        for rank, (_, text) in enumerate(reports):
+            if text is not None:
+                raise TrainingError(f"Calibration has failed in process {rank}: {text}")
+        if not sum(n for n, _ in reports):
             raise TrainingError("Calibration needs at least one batch; the loader gave none.")
         for quantizer in quantizers.values():
+            if sync:
+                quantizer.join()
             quantizer.finish()
     model._calibrated = not model._uncalibrated()
 
@@ -555,8 +575,28 @@ def freeze_batch_norm(model: QuantModel) -> None:
         layer.train(layer.training)
 
 
+def synchronize_batch_norm(model: QuantModel) -> None:
+    """Let batch norms take the statistics of the batch of all processes that train together, as one process would.
+
+    For gradients too. ``torch.nn.SyncBatchNorm`` does so for batch norms that stay, on GPUs; this does on every device,
+    and also for those that are folded in training. Like :func:`freeze_batch_norm`, a property of the modules.
+
+    Raises
+    ------
+    ValueError
+        A model without batch norms.
+    """
+    layers = [m for m in model.modules() if isinstance(m, QuantLayer) and m.norm is not None]
+    if not layers:
+        raise ValueError("the model has no batch norms; prepare it with batch_norm='unfolded' or 'folded_train'")
+    for layer in layers:
+        layer.sync_norm = True
+
+
 def reestimate_batch_norm(model: QuantModel, loader: Iterable[Any], batches: int = 50) -> None:
     """Replace the statistics of batch norms by the mean over batches of theirs, as weights have moved since.
+
+    Processes that train together all call this, each with batches of its own, and get the mean over all.
 
     Parameters
     ----------
@@ -596,9 +636,10 @@ def reestimate_batch_norm(model: QuantModel, loader: Iterable[Any], batches: int
                         so_far += value
             if not count:
                 raise TrainingError("Batch norms are re-estimated from at least one batch; the loader gave none.")
+            count = int(reduce_sum(torch.tensor(count, device=device)))
             for now, total in zip(statistics, sums, strict=True):
                 for value, so_far in zip(now, total, strict=True):
-                    value.copy_(so_far / count)
+                    value.copy_(reduce_sum(so_far) / count)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
@@ -614,4 +655,5 @@ __all__ = [
     "parameter_groups",
     "prepare",
     "reestimate_batch_norm",
+    "synchronize_batch_norm",
 ]
