@@ -25,6 +25,7 @@ help:
 	@echo "make bench-synth  synthesize, place and route a core; area and clock (ARGS=\"--arch large\")"
 	@echo "make bench-qat    time a step of training against float and against Brevitas (ARGS=\"--network resnet8\")"
 	@echo "make results      train every method at 4, 3 and 2 bits and write sw/RESULTS.md (under an hour)"
+	@echo "make bench-export compare every form of trained networks with their integers (ARGS=\"--network resnet8\")"
 	@echo "make lint         ruff (rules and format)"
 	@echo "make types        mypy"
 	@echo "make pages        write hw/ISA.md, hw/CSR.md and sw/SUPPORTED.md anew"
@@ -84,6 +85,9 @@ bench-qat: $(STAMP)
 	@$(BIN)/python -c 'import brevitas' 2>/dev/null \
 		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[bench]'
 	$(BIN)/python tests/bench/qat_speed.py $(ARGS)
+
+bench-export: $(STAMP)
+	$(BIN)/python tests/bench/export.py $(ARGS)
 
 # --- checks ---------------------------------------------------------------------------------------------------------
 

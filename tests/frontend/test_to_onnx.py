@@ -20,7 +20,7 @@ from nibblecore.arch import numerics
 from nibblecore.arch.config import get_arch
 from nibblecore.errors import CompileError, GraphError, ToolchainError
 from nibblecore.frontend import to_onnx as module
-from nibblecore.frontend.run_onnx import OnnxRun, run_isolated, single
+from nibblecore.frontend.run_onnx import OnnxLayers, OnnxRun, single
 from nibblecore.frontend.to_onnx import export_onnx, power_of_two, prove, to_onnx
 from nibblecore.ir.random_graph import GraphBuilder, random_inputs, random_network
 
@@ -91,7 +91,7 @@ def test_each_operator_gives_the_integers(kind: str, seed: int) -> None:
     for name in graph.tensors:
         assert np.array_equal(got[name], want[name]), f"seed {seed}: {name}"
     assert set(run.model.exactness.values()) <= {"float32", "float64"}
-    for name, codes in run_isolated(graph, want, style="plain", threads=1).items():
+    for name, codes in OnnxLayers(graph, style="plain", threads=1).run(want).items():
         most = 1 if graph.tensors[name].bits != 32 else 0
         assert np.abs(codes - want[name]).max() <= most, f"seed {seed}: {name}"
 
@@ -107,7 +107,7 @@ def test_whole_networks_give_the_integers(seed: int) -> None:
     got = OnnxRun(graph, threads=1).run(inputs)
     for name in graph.tensors:
         assert np.array_equal(got[name], want[name]), f"seed {seed}: {name}"
-    isolated = run_isolated(graph, want, threads=1)
+    isolated = OnnxLayers(graph, threads=1).run(want)
     for name, codes in isolated.items():
         assert np.array_equal(codes, want[name]), f"seed {seed}: {name}, isolated"
 
@@ -115,7 +115,7 @@ def test_whole_networks_give_the_integers(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_plain_style_differs_by_one_code_at_most_in_each_layer(seed: int) -> None:
     graph, _, want = network(seed)
-    for name, codes in run_isolated(graph, want, style="plain", threads=1).items():
+    for name, codes in OnnxLayers(graph, style="plain", threads=1).run(want).items():
         if graph.tensors[name].bits != 32:
             assert np.abs(codes - want[name]).max() <= 1, f"seed {seed}: {name}"
 

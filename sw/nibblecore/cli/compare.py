@@ -206,11 +206,11 @@ def _tensors(
 
         found = fake_quant_codes(model, graph, want, isolated=isolated)
     elif kind in (ONNX, ONNX_PLAIN):
-        from ..frontend.run_onnx import OnnxRun, run_isolated
+        from ..frontend.run_onnx import OnnxLayers, OnnxRun
 
         style: Any = "exact" if kind == ONNX else "plain"
         if isolated:
-            found = run_isolated(graph, want, style=style)
+            found = OnnxLayers(graph, style=style).run(want)
         else:
             found = OnnxRun(graph, style=style).run({name: want[name]})
     else:

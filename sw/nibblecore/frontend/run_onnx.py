@@ -88,26 +88,26 @@ def single(graph: Graph, node: Node) -> Graph:
     return Graph((node,), tensors, inputs, (node.output,), node.path)
 
 
-def run_isolated(
-    graph: Graph, tensors: Mapping[str, IntArray], *, style: Style = "exact", threads: int | None = None
-) -> dict[str, IntArray]:
-    """The output of every node, each of which is a model of its own and reads the given tensors.
+class OnnxLayers:
+    """Every node of a graph as a model of its own, in ONNX Runtime; parameters and errors of :class:`OnnxRun`."""
 
-    Differences then do not travel from layer to layer.
+    def __init__(self, graph: Graph, *, style: Style = "exact", threads: int | None = None) -> None:
+        self.layers = {node.output: OnnxRun(single(graph, node), style=style, threads=threads) for node in graph.nodes}
 
-    Parameters
-    ----------
-    graph : Graph
-    tensors : mapping of str to int array
-        Stored codes of every tensor, as :func:`nibblecore.ir.run` gives them with ``keep=True``.
+    def run(self, tensors: Mapping[str, IntArray]) -> dict[str, IntArray]:
+        """The output of every node, each of which reads the given tensors: differences do not travel.
 
-    Returns
-    -------
-    dict[str, int64 array]
-        For every tensor that a node writes.
-    """
-    result = {}
-    for node in graph.nodes:
-        layer = OnnxRun(single(graph, node), style=style, threads=threads)
-        result[node.output] = layer.run({name: tensors[name] for name in layer.graph.inputs})[node.output]
-    return result
+        Parameters
+        ----------
+        tensors : mapping of str to int array
+            Stored codes of every tensor, as :func:`nibblecore.ir.run` gives them with ``keep=True``.
+
+        Returns
+        -------
+        dict[str, int64 array]
+            For every tensor that a node writes.
+        """
+        return {
+            name: layer.run({source: tensors[source] for source in layer.graph.inputs})[name]
+            for name, layer in self.layers.items()
+        }
