@@ -15,7 +15,7 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.14 py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup machine demo test test-all fuzz bench-synth bench-qat results lint types format pages lock clean
+.PHONY: help setup machine demo test test-all fuzz bench-synth bench-qat bench-export results lint types format pages lock clean
 
 help:
 	@echo "make demo         train, compile and run a small network on the simulated core"
@@ -65,7 +65,7 @@ $(STAMP): requirements.lock pyproject.toml | machine
 	@touch $@
 
 # As in an activated environment: the tools of the Python packages are on the PATH.
-demo fuzz bench-synth bench-qat results test test-all: export PATH := $(abspath $(BIN)):$(PATH)
+demo fuzz bench-synth bench-qat bench-export results test test-all: export PATH := $(abspath $(BIN)):$(PATH)
 
 # --- what the project does ------------------------------------------------------------------------------------------
 
