@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nibblecore import ir
-from nibblecore.errors import TrainingError
+from nibblecore.errors import DataError, TrainingError
 from nibblecore.qat import checkpoint_facts, convert, load_checkpoint
 from nibblecore.qat.recipes import digits
 from nibblecore.qat.train import Progress, accuracy, check_loss, train_digits
@@ -93,11 +93,12 @@ def test_a_loss_that_is_no_number_stops() -> None:
             check_loss(torch.tensor(bad), "float epoch 2")
 
 
-def test_a_diverging_training_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_image_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     data = digits.load()
     data.train_images[100] = math.nan
     monkeypatch.setattr(digits, "load", lambda: data)
-    with pytest.raises(TrainingError, match=r"^The loss is nan in float epoch 1\."):
+    text = r"^Of the train images of digits, image 100 has values that are not finite\.\nLeave it out\.$"
+    with pytest.raises(DataError, match=text):
         train_digits(float_epochs=1, qat_epochs=0)
 
 

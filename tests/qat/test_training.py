@@ -389,6 +389,11 @@ def test_steps_that_leave_their_range(guarded: tuple[QuantModel, StepGuard, torc
         with pytest.raises(TrainingError, match=text):
             guard.check("quantized epoch 1")
     with torch.no_grad():
+        step.copy_(-original)
+    guard.stops = dataclasses.replace(guard.stops, sign=False)
+    guard.check("quantized epoch 1")  # its magnitude is the step
+    guard.stops = dataclasses.replace(guard.stops, sign=True)
+    with torch.no_grad():
         step.copy_(original)
         assert conv.output_quantizer is not None
         conv.output_quantizer.step.neg_()  # type: ignore[operator, union-attr]

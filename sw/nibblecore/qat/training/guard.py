@@ -76,7 +76,7 @@ class StepGuard:
         for name, step, quantizer in self._steps():
             for parameter in ("step", "alpha"):
                 stored = getattr(quantizer, parameter, None)
-                if isinstance(stored, nn.Parameter):
+                if self.stops.sign and isinstance(stored, nn.Parameter):
                     self._stop(stored.detach().reshape(-1) <= 0, name, stored.detach(), where, "fell to 0 or below")
             first = self.initial[name]
             self._stop(~step.isfinite(), name, step, where, "is not finite")

@@ -171,6 +171,7 @@ class StopsSection:
     """When a training ends before its time."""
 
     step_factor: float = _key(1024.0, "how far a step may move from where calibration put it, up or down", above=1)
+    sign: bool = _key(True, "whether a stored step may not fall to 0 or below; where it may, its magnitude is the step")
     zero_share: float = _key(0.999, "share of codes of a tensor that may be 0", above=0, high=1)
     every: int = _key(50, "steps between looks at the steps; each epoch ends with one, too", low=1)
 

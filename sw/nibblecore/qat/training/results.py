@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import time
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -24,7 +25,7 @@ from ...errors import CompileError, TrainingError
 from ...files import write_atomically
 from ..convert import convert
 from ..recipes import digits
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe, build_recipe, load_recipe
 from .trainer import Trainer
 
 METHOD_RECIPES: Final[dict[str, tuple[str, str]]] = {
@@ -73,19 +74,15 @@ class Cell:
     seed : int
     key : str
         Digest of what the result depends on.
-    settings : tuple of str
-        What changes the recipe.
+    recipe : str
+        As TOML, resolved when the table begins: files that change meanwhile are the next table's.
     """
 
     method: str
     bits: int
     seed: int
     key: str
-    settings: tuple[str, ...]
-
-    @property
-    def recipe(self) -> str:
-        return METHOD_RECIPES["lsq" if self.method == "float" else self.method][0]
+    recipe: str
 
 
 def code_version() -> str:
@@ -114,7 +111,7 @@ def _cell(method: str, bits: int, seed: int, settings: tuple[str, ...], version:
     name = METHOD_RECIPES["lsq" if method == "float" else method][0]
     recipe = load_recipe(name, full)
     key = hashlib.sha256(f"{version}\n{recipe.identity()}\n{method == 'float'}".encode()).hexdigest()[:24]
-    return Cell(method=method, bits=bits, seed=seed, key=key, settings=full)
+    return Cell(method=method, bits=bits, seed=seed, key=key, recipe=recipe.to_toml())
 
 
 def run_table(
@@ -198,10 +195,10 @@ def train_cell(cell: Cell, folder: Path, float_key: str) -> dict[str, Any]:
     began = time.process_time()
     record: dict[str, Any] = {"key": cell.key, "method": cell.method, "bits": cell.bits, "seed": cell.seed}
     weights = _float_file(folder, float_key)
-    settings = (
-        cell.settings if cell.method == "float" else (*cell.settings, "float.epochs=0", f"float.weights={weights}")
-    )
-    recipe = load_recipe(cell.recipe, settings)
+    recipe = build_recipe(tomllib.loads(cell.recipe), cell.method, "the table")
+    if cell.method != "float":
+        section = dataclasses.replace(recipe.float_phase, epochs=0, weights=str(weights))
+        recipe = dataclasses.replace(recipe, float_phase=section)
     try:
         outcome = Trainer(recipe).train()
     except TrainingError as error:
