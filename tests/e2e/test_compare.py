@@ -1,6 +1,7 @@
 """``nibblecore export`` and ``nibblecore diff``: agreement, planted differences, and how they fail."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 from nibblecore import ir
 from nibblecore.cli import compare
-from nibblecore.cli.app import app
+from nibblecore.cli.app import app, main
 from nibblecore.errors import NibbleError
 from nibblecore.frontend import run_onnx
 from nibblecore.models.resnet8 import ResNet8
@@ -76,13 +77,20 @@ def test_export_goes_beside_the_checkpoint(checkpoint: Path) -> None:
     assert call_json("export", checkpoint)["file"] == str(checkpoint.with_suffix(".onnx"))
 
 
-def test_export_refuses(checkpoint: Path, tmp_path: Path) -> None:
+def test_export_refuses(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert error("export", checkpoint, "--style", "loose") == "--style is exact or plain, not 'loose'."
     assert error("export", checkpoint, "-o", tmp_path) == (
         f"{tmp_path} is a folder, not a file to write.\nGive the name of a file."
     )
-    result = CliRunner().invoke(app, ["export", str(checkpoint), "-o", "/proc/nobody/net.onnx"])
-    assert isinstance(result.exception, OSError)  # main() makes a sentence of it
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(
+        sys, "argv", ["nibblecore", "export", str(checkpoint), "-o", str(tmp_path / "file" / "net.onnx")]
+    )
+    with pytest.raises(SystemExit, match=r"^1$"):
+        main()
+    assert "".join(capsys.readouterr().err.split()) == f"error:{tmp_path}/file:Fileexists"
 
 
 # diff --------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from onnx import numpy_helper
 from nibblecore import ir
 from nibblecore.arch import numerics
 from nibblecore.arch.config import get_arch
-from nibblecore.errors import CompileError, GraphError, ToolchainError
+from nibblecore.errors import CompileError, ExecutionError, GraphError, ToolchainError
 from nibblecore.frontend import to_onnx as module
 from nibblecore.frontend.run_onnx import OnnxLayers, OnnxRun, single
 from nibblecore.frontend.to_onnx import export_onnx, power_of_two, prove, to_onnx
@@ -322,6 +322,37 @@ def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with pytest.raises(ToolchainError, match=f"^{re.escape(text)}$"):
         to_onnx(operator("flatten", 0))
+
+
+def test_missing_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.import_module
+
+    def absent(name: str) -> Any:
+        if name == "onnxruntime":
+            raise ModuleNotFoundError("No module named 'onnxruntime'", name=name)
+        return real(name)
+
+    monkeypatch.setattr(importlib, "import_module", absent)
+    with pytest.raises(
+        ToolchainError, match=r"^ONNX models need the package 'onnxruntime', which is not installed or "
+    ):
+        OnnxRun(operator("flatten", 0))
+
+
+def test_a_model_that_the_runtime_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
+    with pytest.raises(ExecutionError, match=r"^ONNX Runtime [\d.]+ does not load the model: no kernel$"):
+        OnnxRun(operator("flatten", 0))
+
+
+def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        export_onnx(operator("flatten", 0), tmp_path / "file" / "net.onnx")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_the_module_loads_without_the_packages() -> None:

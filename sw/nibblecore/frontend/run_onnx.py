@@ -15,8 +15,7 @@ _VALUES_AT_ONCE: Final = 1 << 24
 
 
 PLAIN_OPTION: Final = "session.disable_quant_qdq"
-"""Session option that the plain style needs: left alone, ONNX Runtime (1.31) replaces QuantizeLinear, operator and
-DequantizeLinear by integer operators that do not exist for 4 bits, and refuses the result."""
+"""Session option that the plain style needs, see :mod:`nibblecore.frontend.to_onnx`."""
 
 
 class OnnxRun:

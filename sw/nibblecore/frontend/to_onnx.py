@@ -7,21 +7,25 @@ no conversion anywhere, so a code in the file is the code on the chip.
 Two styles:
 
 ``"exact"`` (default)
-    Computes the integers, bit for bit, in float32 arithmetic. An accumulator is exact while every partial sum is below
-    2**24 in a unit of a power of two, whatever the order of the additions. Steps in the file are therefore powers of
-    two near the real ones, and a multiplication per channel behind each layer, ``mult * 2**-shift`` up to powers of
+    Computes the integers, bit for bit, in float32 arithmetic. An accumulator is exact while every partial sum is at
+    most 2**24 in a unit of a power of two, whatever the order of the additions. Steps in the file are therefore powers
+    of two near the real ones, and a multiplication per channel behind each layer, ``mult * 2**-shift`` up to powers of
     two, makes up for that. Two roundings remain: that product's, and the one of QuantizeLinear, which rounds ties to
     the even neighbour where the chip rounds them up. Both are harmless if no sum lies where they matter, and this is
     *proved* for each layer: accumulator and code are integers and the float evaluation is monotone, so only the sums
     at both sides of each of the 15 or 255 steps of a code have to be compared. A fraction of a unit, added to the bias,
-    moves sums away from the boundaries. Layers for which no such fraction exists multiply and round in float64, which
-    holds the whole 50-bit product. Only a layer whose partial sums reach 2**24 stays approximate; :class:`OnnxModel`
-    and the file's metadata say which.
+    moves sums away from the boundaries. Of a residual sum, all pairs of codes are tried. Layers for which no such
+    fraction exists multiply and round in float64, which holds the whole 50-bit product; partial sums beyond 2**24 are
+    computed some input channels at a time and added in float64. What this cannot do, thousands of 8-bit taps in one
+    channel, stays approximate: :class:`OnnxModel` and the file's metadata name such layers. The runtime must compute in
+    float32: TF32 and half precision, which some run on GPUs unasked, must be off.
 
 ``"plain"``
     The pattern that other tools look for, with the real steps: DequantizeLinear, operator, QuantizeLinear. Weight
     steps are ``mult * 2**-shift * step_y / step_x``, so the file approximates the integers, not the network before its
     multipliers were rounded. A code differs by one where float32, or the rule for ties, takes the other neighbour.
+    ONNX Runtime (1.31) replaces the pattern by integer operators that do not exist for 4 bits, and then refuses the
+    model, unless the session option ``session.disable_quant_qdq`` is "1".
 
 What holds for both: tensors are called after module paths, ``<path>.codes`` the stored codes and ``<path>.value`` their
 real values in the file's steps; inputs and outputs of the model are real numbers called ``<path>`` of shape
