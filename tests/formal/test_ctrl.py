@@ -9,10 +9,11 @@ from amaranth.lib.wiring import In, Out, connect, flipped
 
 from nibblecore.arch.config import ArchConfig
 from nibblecore.arch.isa import Engine, Opcode
-from nibblecore_hw.ctrl.issue import IN_FLIGHT, IssueStage, entry_layout
+from nibblecore_hw.ctrl.instructions import IN_FLIGHT, InstructionMemory
+from nibblecore_hw.ctrl.issue import IssueStage
 from nibblecore_hw.ctrl.queue import Queue
 from nibblecore_hw.ctrl.semaphores import MASKS, Semaphores
-from nibblecore_sim.formal import assert_stream_rule, assume_stream_rule, prove
+from nibblecore_sim.formal import assert_stream_rule, prove
 
 pytestmark = pytest.mark.formal
 
@@ -113,20 +114,25 @@ def test_semaphores_count_exactly() -> None:
 
 
 class IssueSpec(wiring.Component):
-    """An issue stage with any engine and any neighbours that keep the rules.
+    """An issue stage, with the memory of its queue, with any engine and any neighbours that keep the rules.
 
     Every instruction signals somebody here, so that one pulse of ``signal`` is one instruction. One instruction is
-    followed, that with any number, from its queue to its signal.
+    followed, that with any number, from its queue to its signal. An instruction is one beat, and written at any time,
+    also where nothing comes of it.
     """
 
     def __init__(self) -> None:
-        self.stage = IssueStage(arch=ARCH, engine=Engine.MAC)
+        arch = ARCH.replace(bus_bits=256)
+        self.memory = InstructionMemory(arch=arch)
+        self.stage = IssueStage(arch=arch, engine=Engine.MAC)
         super().__init__(
             {
                 "wait": In(4),
                 "signal": In(4),
                 "tag": In(2),
-                "valid": In(1),
+                "write": In(1),
+                "queue": In(1),
+                "ask": In(1),
                 "ready": In(1),
                 "done_stb": In(1),
                 "hold": In(1),
@@ -138,23 +144,45 @@ class IssueSpec(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         m.submodules.stage = stage = self.stage
-        entry = Signal(entry_layout())
+        m.submodules.memory = memory = self.memory
+        n = int(Engine.MAC)
+        # What lies in the slot behind the queue's last one, if anything.
+        entry, written = Signal.like(memory.write.beat), Signal()
+        asking = Signal()
         m.d.comb += [
             Assume(self.signal != 0),
-            entry.word.eq(int(Opcode.MAC) | self.wait << 4 | self.signal << 8 | self.tag << 20),
-            entry.index.eq(self.tag),
-            stage.i.valid.eq(self.valid),
-            stage.i.payload.eq(entry),
+            memory.write.en.eq(self.write),
+            memory.write.engine.eq(n),
+            memory.write.beat.bits.eq(int(Opcode.MAC) | self.wait << 4 | self.signal << 8 | self.tag << 20),
+            memory.write.beat.index.eq(self.tag << 22 | self.tag),
+            Assume(~self.queue | (written & stage.room)),
+            stage.queue_stb.eq(self.queue),
+            memory.tail[n].eq(stage.tail),
+            memory.head[n].eq(stage.head),
+            memory.oldest[n].eq(stage.oldest),
+            memory.want.eq(stage.want << n),
+            memory.lookup.eq(asking),
+            memory.lookup_engine.eq(n),
+            stage.beat.eq(memory.beat),
+            stage.beat_stb.eq(memory.beat_stb[n]),
+            stage.first_stb.eq(memory.first_stb[n]),
+            stage.known_stb.eq(memory.known_stb[n]),
             stage.command.ready.eq(self.ready),
             stage.done_stb.eq(self.done_stb),
             stage.hold.eq(self.hold),
         ]
-        assume_stream_rule(m, stage.i)
+        m.d.sync += asking.eq((asking | self.ask) & ~memory.index_stb)
+        with m.If(self.write):
+            m.d.sync += [entry.eq(memory.write.beat), written.eq(1)]
+        with m.If(self.queue):
+            # Fetch writes the next instruction later.
+            m.d.comb += Assume(~self.write)
+            m.d.sync += written.eq(0)
         assert_stream_rule(m, stage.command)
         word = stage.command.payload
 
         queued, started, finished, signalled = Signal(6), Signal(6), Signal(6), Signal(6)
-        enters = stage.i.valid & stage.i.ready
+        enters = self.queue
         starts = stage.command.valid & stage.command.ready
         signals = stage.signal.any()
         m.d.sync += [
@@ -195,20 +223,22 @@ class IssueSpec(wiring.Component):
         m.d.comb += Assert((before != 0b01) | ~stage.command.valid, "a new offer under hold")
 
         number = AnyConst(6)
-        followed = Signal(entry_layout())
+        followed, oldest = Signal.like(entry), Signal(2)
         with m.If(enters & (queued == number)):
             m.d.sync += followed.eq(entry)
         with m.If(starts & (started == number)):
-            m.d.comb += Assert(word == followed.word, "another instruction was started")
-        with m.If((signalled == number) & (started != signalled)):
-            m.d.comb += Assert(stage.index == followed.index, "the oldest unfinished instruction")
+            m.d.comb += Assert(word == followed.bits, "another instruction was started")
+        m.d.sync += oldest.eq(Cat((signalled == number) & (started != signalled), oldest))
+        with m.If(memory.index_stb & oldest[1]):  # it is looked up two cycles before
+            m.d.comb += Assert(memory.index == followed.index, "the oldest unfinished instruction")
         with m.If(signals & (signalled == number)):
-            m.d.comb += Assert(stage.signal == followed.word[8:12], "signalled something else than it should")
+            m.d.comb += Assert(stage.signal == followed.bits[8:12], "signalled something else than it should")
 
         m.d.comb += [
             Cover(stage.held.any() & (started - signalled == 2), "held back with another instruction in flight"),
             Cover(starts & (word[4:8] == 0b1101), "started after waiting for three"),
             Cover(started - finished == IN_FLIGHT, "all places in flight taken"),
+            Cover(memory.index_stb & oldest[1] & (number == 1), "the index of the second instruction"),
         ]
         return m
 
@@ -218,4 +248,4 @@ def test_issue_stage_starts_in_order_with_its_tokens_and_signals_once() -> None:
 
 
 def test_issue_stage_spec_is_not_empty() -> None:
-    prove(IssueSpec(), mode="cover", depth=14)
+    prove(IssueSpec(), mode="cover", depth=26)

@@ -14,6 +14,7 @@ from ..layouts import axi_lite_signature, axi_read_signature, command_signature,
 from .counters import Counters
 from .csr import Csr
 from .fetch import Fetch, check_arguments
+from .instructions import InstructionMemory
 from .issue import IssueStage
 from .semaphores import Semaphores
 from .supervisor import Supervisor
@@ -143,11 +144,13 @@ class Control(wiring.Component):
         csr = Csr(arch=self._arch)
         supervisor = Supervisor()
         semaphores = Semaphores(bits=self._arch.semaphore_bits)
+        instructions = InstructionMemory(arch=self._arch)
         stages = {e: IssueStage(arch=self._arch, engine=e) for e in Engine}
         core_reset = ResetInserter(supervisor.core_reset)
         m.submodules.csr = csr
         m.submodules.supervisor = supervisor
         m.submodules.fetch = core_reset(fetch)
+        m.submodules.instructions = core_reset(instructions)
         # A program may end with tokens left; the next one starts without.
         m.submodules.semaphores = ResetInserter(supervisor.core_reset | supervisor.start_stb)(semaphores)
         for engine, stage in stages.items():
@@ -155,6 +158,7 @@ class Control(wiring.Component):
 
         # Instructions
         connect(m, fetch.axi, flipped(self.m_axi))
+        connect(m, fetch.write, instructions.write)
         m.d.comb += [
             fetch.region.eq(self.regions[0]),
             fetch.start_stb.eq(supervisor.start_stb),
@@ -162,9 +166,18 @@ class Control(wiring.Component):
         ]
         for engine, stage in stages.items():
             port, n = self.engine(engine), int(engine)
-            connect(m, fetch.dispatch[n], stage.i)
             connect(m, stage.command, flipped(port.command))
             m.d.comb += [
+                stage.queue_stb.eq(fetch.queue[n] & stage.room),
+                fetch.room[n].eq(stage.room),
+                instructions.tail[n].eq(stage.tail),
+                instructions.head[n].eq(stage.head),
+                instructions.oldest[n].eq(stage.oldest),
+                instructions.want[n].eq(stage.want),
+                stage.beat.eq(instructions.beat),
+                stage.beat_stb.eq(instructions.beat_stb[n]),
+                stage.first_stb.eq(instructions.first_stb[n]),
+                stage.known_stb.eq(instructions.known_stb[n]),
                 stage.done_stb.eq(port.done_stb),
                 stage.hold.eq(supervisor.stop),
                 stage.available.eq(semaphores.available[n]),
@@ -173,6 +186,13 @@ class Control(wiring.Component):
                 semaphores.signal[n].eq(stage.signal),
             ]
 
+        m.d.comb += [
+            supervisor.fetch_index.eq(fetch.index),
+            instructions.lookup.eq(supervisor.lookup),
+            instructions.lookup_engine.eq(supervisor.lookup_engine),
+            supervisor.index.eq(instructions.index),
+            supervisor.index_stb.eq(instructions.index_stb),
+        ]
         self._supervise(m, supervisor, fetch, stages)
         self._registers(m, csr, supervisor)
         if self._arch.counters:
@@ -188,7 +208,6 @@ class Control(wiring.Component):
             port, n = self.engine(engine), int(engine)
             moves += [port.command.valid & port.command.ready, port.done_stb]
             quiet += [stage.empty, ~port.busy]
-            m.d.comb += supervisor.error_index[n].eq(stage.index)
             m.d.sync += [
                 supervisor.executing[n].eq(stage.executing),
                 supervisor.waits[n].eq(stage.waiting | stage.held),
@@ -203,7 +222,6 @@ class Control(wiring.Component):
         m.d.comb += [
             supervisor.error_stb[unit].eq(fetch.error_stb),
             supervisor.error_cause[unit].eq(fetch.error_cause),
-            supervisor.error_index[unit].eq(fetch.index),
             supervisor.idle.eq(Cat(idle).all()),
             self.stop.eq(supervisor.stop),
             self.core_reset.eq(supervisor.core_reset),

@@ -8,12 +8,12 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from nibblecore.arch.config import ArchConfig
-from nibblecore.arch.isa import INSTRUCTION_BITS, INSTRUCTION_BYTES, Engine
+from nibblecore.arch.isa import HEADER, INSTRUCTION_BITS, INSTRUCTIONS, Engine
 from nibblecore.arch.regs import ErrorCause
 
 from ..layouts import INDEX_BITS, axi_read_signature, regions_layout
 from .decode import Decoder
-from .issue import entry_layout
+from .instructions import beat_bytes, beats_per_instruction, write_signature
 
 BUFFERED = 4
 """Instructions that the prefetch buffer holds."""
@@ -36,7 +36,10 @@ def check_arguments(*, arch: ArchConfig, axi_id: int, id_bits: int) -> None:
 
 
 class Fetch(wiring.Component):
-    """Read instructions in order, check them, and hand each to one of four queues.
+    """Read instructions in order, check them, and put each into one of four queues.
+
+    The beats of a word are written behind its engine's queue as they come; the word counts as queued when it has been
+    checked and there is room.
 
     A burst ends at a multiple of its full length, so that none crosses a 4 KiB boundary, and is requested only when its
     data fit the prefetch buffer: ``rready`` is always high, and fetch never blocks the read channel for others. Nothing
@@ -75,8 +78,12 @@ class Fetch(wiring.Component):
         No bus transaction is in flight.
     ended : Out(1)
         END was reached; from the cycle after the last dispatch until the next start.
-    dispatch : Out(stream.Signature(entry_layout())).array(4)
-        One stream per engine's queue; they share one payload.
+    write : Out(write_signature(arch))
+        Beats for the memory that holds the queues, at most one of each number for each ``index``, in order.
+    queue : Out(4)
+        One-hot: what was written last is an instruction for that engine's queue. Stays until there is ``room``.
+    room : In(4)
+        An engine's queue has room.
     index : Out(24)
         The instruction that is dispatched next, modulo 2**24.
     error_stb, error_cause : Out(1), Out(8)
@@ -96,7 +103,9 @@ class Fetch(wiring.Component):
     stop: Signal
     idle: Signal
     ended: Signal
-    dispatch: Any
+    write: Any
+    queue: Signal
+    room: Signal
     index: Signal
     error_stb: Signal
     error_cause: Signal
@@ -114,7 +123,9 @@ class Fetch(wiring.Component):
                 "stop": In(1),
                 "idle": Out(1),
                 "ended": Out(1),
-                "dispatch": Out(stream.Signature(entry_layout())).array(len(Engine)),
+                "write": Out(write_signature(arch)),
+                "queue": Out(len(Engine)),
+                "room": In(len(Engine)),
                 "index": Out(INDEX_BITS),
                 "error_stb": Out(1),
                 "error_cause": Out(8),
@@ -125,12 +136,12 @@ class Fetch(wiring.Component):
     @property
     def beat_bytes(self) -> int:
         """Bytes of one beat of fetch's bursts."""
-        return min(self._arch.bus_bytes, INSTRUCTION_BYTES)
+        return beat_bytes(self._arch)
 
     @property
     def beats_per_instruction(self) -> int:
         """Beats that bring one instruction."""
-        return INSTRUCTION_BYTES // self.beat_bytes
+        return beats_per_instruction(self._arch)
 
     @property
     def burst_beats(self) -> int:
@@ -259,20 +270,29 @@ class Fetch(wiring.Component):
         m.submodules.decoder = decoder = Decoder()
         m.d.comb += decoder.word.eq(word)
         legal, end = Signal(reset_less=True), Signal(reset_less=True)
-        engine = Signal(2, reset_less=True)
-        valid = Signal(len(Engine))  # one-hot: offered to that queue
-        dispatched = Signal()
-        for e in Engine:
-            out = self.dispatch[int(e)]
-            m.d.comb += [
-                out.valid.eq(valid[int(e)]),
-                out.payload.word.eq(word),
-                out.payload.index.eq(self.index),
-            ]
+        queued = Signal()
         m.d.comb += [
-            dispatched.eq(Cat(valid[int(e)] & self.dispatch[int(e)].ready for e in Engine).any()),
-            self.progress_stb.eq(self.axi.rvalid | dispatched),
+            queued.eq((self.queue & self.room).any()),
+            self.progress_stb.eq(self.axi.rvalid | queued),
         ]
+
+        # A beat goes on to the engine's memory a cycle after it has entered the word: the opcode in the first one says
+        # to whose. Whether it is an instruction, and whether there is room, is seen when all are there.
+        write, first = self.write, word[-beat_bits:]
+        engine = Signal.like(write.engine, reset_less=True)
+        m.d.comb += [
+            write.beat.bits.eq(first),
+            write.beat.index.eq(self.index.word_select(write.number, len(write.beat.index))),
+            write.engine.eq(engine),
+        ]
+        with m.If(write.number == 0), m.Switch(first[: HEADER[0].bits]):
+            for spec in INSTRUCTIONS.values():
+                if spec.engine is not None:
+                    with m.Case(int(spec.opcode)):
+                        m.d.comb += write.engine.eq(int(spec.engine))
+        with m.If(write.en):
+            m.d.sync += engine.eq(write.engine)
+        m.d.sync += [write.en.eq(0), write.number.eq(filled)]
 
         def fail(cause: ErrorCause) -> None:
             m.d.sync += [self.error_stb.eq(1), self.error_cause.eq(int(cause)), active.eq(0)]
@@ -290,13 +310,14 @@ class Fetch(wiring.Component):
                             word.eq(Cat(word[beat_bits:], beats.payload.bits)),
                             bad.eq(beats.payload.error | (bad & (filled != 0))),
                             filled.eq(filled + 1),
+                            write.en.eq(1),
                         ]
                         with m.If(filled == beats_per_word - 1):
                             m.next = "DECODE"
                     with m.Elif(exhausted):
                         fail(ErrorCause.REGION)
             with m.State("DECODE"):
-                m.d.sync += [filled.eq(0), legal.eq(decoder.legal), end.eq(decoder.end), engine.eq(decoder.engine)]
+                m.d.sync += [filled.eq(0), legal.eq(decoder.legal), end.eq(decoder.end)]
                 m.next = "JUDGE"
             with m.State("JUDGE"):
                 m.next = "FILL"
@@ -309,10 +330,10 @@ class Fetch(wiring.Component):
                 with m.Elif(end):
                     m.d.sync += [self.ended.eq(1), active.eq(0)]
                 with m.Else():
-                    m.d.sync += valid.eq(1 << engine)
+                    m.d.sync += self.queue.eq(1 << engine)
                     m.next = "OFFER"
-            with m.State("OFFER"), m.If(dispatched):
-                m.d.sync += [valid.eq(0), self.index.eq(self.index + 1)]
+            with m.State("OFFER"), m.If(queued):
+                m.d.sync += [self.queue.eq(0), self.index.eq(self.index + 1)]
                 m.next = "FILL"
         with m.If(self.start_stb):
             m.d.sync += [active.eq(1), self.ended.eq(0), self.index.eq(0), filled.eq(0)]

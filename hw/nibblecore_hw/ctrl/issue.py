@@ -1,55 +1,55 @@
-"""Issue stage: an engine's instruction queue, and its side of the semaphores."""
+"""Issue stage: where an engine's instructions wait, and its side of the semaphores."""
 
 from typing import Any
 
-from amaranth import Module, Signal
-from amaranth.lib import data, stream, wiring
+from amaranth import Cat, Module, Signal
+from amaranth.lib import wiring
+from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from nibblecore.arch.config import ArchConfig
-from nibblecore.arch.isa import INSTRUCTION_BITS, INSTRUCTIONS, Engine, Opcode
+from nibblecore.arch.isa import Engine, Opcode
 
-from ..layouts import INDEX_BITS, command_signature, instruction_layout
-from .queue import Queue
-
-IN_FLIGHT = 4
-"""Instructions that an engine may have been given and not yet finished."""
-
-
-def entry_layout(*, word_bits: int = INSTRUCTION_BITS) -> data.StructLayout:
-    """An instruction in a queue: the low ``word_bits`` of its word, and its index in the program."""
-    return data.StructLayout({"word": word_bits, "index": INDEX_BITS})
-
-
-def word_bits(engine: Engine) -> int:
-    """Bits of the longest instruction that ``engine`` runs; all bits above are 0 in every legal one."""
-    return max(spec.bits for spec in INSTRUCTIONS.values() if spec.engine is engine)
+from ..layouts import command_signature, instruction_layout
+from .instructions import IN_FLIGHT, beat_bytes, beats_of, slot_bits
 
 
 class IssueStage(wiring.Component):
-    """Hold an engine's instructions, start each when its semaphores allow, and signal when it has finished.
+    """Start an engine's instructions when their semaphores allow, and signal when they have finished.
 
-    The instruction at the head of the queue is offered on ``command`` when there is a semaphore to take from every
-    engine named in its ``wait`` mask; one of each is taken when the engine accepts. Instructions that the engine has
-    accepted are remembered in order (at most :data:`IN_FLIGHT`); each ``done_stb`` finishes the oldest, which then
-    signals all engines of its ``signal`` mask at once, and waits while one of these semaphores is full. Until it has
-    signalled, no further instruction is offered.
+    The instructions lie in :class:`nibblecore_hw.ctrl.instructions.InstructionMemory`, in a ring of slots with three
+    pointers: from ``head`` to ``tail`` the queue, from ``oldest`` to ``head`` what the engine has accepted and not
+    finished. The word at ``head`` is brought here beat by beat, into a shift register. It is offered on ``command``
+    when there is a semaphore to take from every engine named in its ``wait`` mask; one of each is taken when the engine
+    accepts. At most :data:`IN_FLIGHT` accepted instructions are remembered in order; each ``done_stb`` finishes the
+    oldest, which then signals all engines of its ``signal`` mask at once, and waits while one of these semaphores is
+    full. Until it has signalled, no further instruction is offered.
 
-    Cycles: an instruction is offered 3 cycles after it was queued in an empty stage, and at most every third cycle.
-    ``signal`` is given in the cycle of ``done_stb``, so that an instruction that waits for it is offered 2 cycles after
-    ``done_stb``.
+    Cycles, with ``n`` beats of an instruction that this engine looks at: an instruction is offered ``max(4, n + 2)``
+    cycles after it was queued in an empty stage, and as many after the one before was accepted, if no other engine's
+    instruction is being read. ``signal`` is given in the cycle of ``done_stb``, so that an instruction that waits for
+    it is offered 2 cycles after ``done_stb``.
 
     Parameters
     ----------
     arch : ArchConfig
-        For ``queue_depth``.
+        For ``queue_depth`` and ``bus_bits``.
     engine : Engine
-        Whose queue it is; its longest instruction decides how wide the queue is.
+        Whose instructions these are; its longest one decides how many beats are looked at.
 
     Members
     -------
-    i : In(stream.Signature(entry_layout()))
-        Instructions from fetch; only legal ones of this engine.
+    queue_stb : In(1)
+        The slot at ``tail`` holds an instruction, a legal one of this engine. Only while there is ``room``.
+    room : Out(1)
+        The queue is not full: it holds less than ``queue_depth`` instructions.
+    tail, head, oldest : Out(slot_bits(arch))
+        Slots: where the next instruction comes, the next of the queue, the oldest unfinished instruction (without
+        one, the next of the queue; arbitrary while ``empty``).
+    want : Out(1)
+        The instruction at ``head`` shall be read.
+    beat, beat_stb, first_stb, known_stb : In
+        Its beats: see :class:`nibblecore_hw.ctrl.instructions.InstructionMemory`.
     command : Out(command_signature())
         To the engine. Once offered, an instruction stays until it is accepted, also under ``hold``.
     done_stb : In(1)
@@ -68,8 +68,6 @@ class IssueStage(wiring.Component):
         The engine has an instruction that has not signalled yet.
     empty : Out(1)
         No instruction is queued or unfinished.
-    index : Out(24)
-        The oldest unfinished instruction; without one, the next of the queue. Arbitrary while ``empty``.
 
     Raises
     ------
@@ -77,7 +75,16 @@ class IssueStage(wiring.Component):
         If ``arch`` is no ArchConfig or ``engine`` no Engine.
     """
 
-    i: Any
+    queue_stb: Signal
+    room: Signal
+    tail: Signal
+    head: Signal
+    oldest: Signal
+    want: Signal
+    beat: Signal
+    beat_stb: Signal
+    first_stb: Signal
+    known_stb: Signal
     command: Any
     done_stb: Signal
     available: Signal
@@ -89,7 +96,6 @@ class IssueStage(wiring.Component):
     held: Signal
     executing: Signal
     empty: Signal
-    index: Signal
 
     def __init__(self, *, arch: ArchConfig, engine: Engine) -> None:
         if not isinstance(arch, ArchConfig):
@@ -100,7 +106,16 @@ class IssueStage(wiring.Component):
         self._engine = engine
         super().__init__(
             {
-                "i": In(stream.Signature(entry_layout())),
+                "queue_stb": In(1),
+                "room": Out(1),
+                "tail": Out(slot_bits(arch)),
+                "head": Out(slot_bits(arch)),
+                "oldest": Out(slot_bits(arch)),
+                "want": Out(1),
+                "beat": In(8 * beat_bytes(arch)),
+                "beat_stb": In(1),
+                "first_stb": In(1),
+                "known_stb": In(1),
                 "command": Out(command_signature()),
                 "done_stb": In(1),
                 "available": In(len(Engine)),
@@ -112,67 +127,84 @@ class IssueStage(wiring.Component):
                 "held": Out(len(Engine)),
                 "executing": Out(1),
                 "empty": Out(1),
-                "index": Out(INDEX_BITS),
             }
         )
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        bits = word_bits(self._engine)
-        m.submodules.queue = queue = Queue(shape=entry_layout(word_bits=bits), depth=self._arch.queue_depth)
-        m.submodules.started = started = Queue(
-            shape=data.StructLayout({"signal": len(Engine), "index": INDEX_BITS}), depth=IN_FLIGHT
-        )
-        # The header is at the same place in every instruction.
-        header = instruction_layout(Opcode.END)
-        head = Signal(header)
+        depth = self._arch.queue_depth
+        # How far apart two pointers are is a power of two at most: one bit more than that tells all distances apart.
+        queued_bits, started_bits = depth.bit_length(), IN_FLIGHT.bit_length()
+        queued, started = Signal(queued_bits), Signal(started_bits)  # 0: none
+        m.d.comb += [
+            queued.eq((self.tail ^ self.head)[:queued_bits]),
+            started.eq((self.head ^ self.oldest)[:started_bits]),
+            self.room.eq(queued != depth),
+            self.executing.eq(started != 0),
+            self.empty.eq((queued == 0) & ~self.executing),
+        ]
+        with m.If(self.queue_stb):
+            m.d.sync += self.tail.eq(self.tail + 1)
+
+        # The header is at the same place in every instruction, and within the first beat.
+        header = Signal(instruction_layout(Opcode.END))
+        beats = beats_of(self._arch, self._engine)
+        word = Signal(beats * len(self.beat), reset_less=True)
         known = Signal()  # `wait` is that of the queue's head
-        wait = Signal(len(Engine), reset_less=True)
+        wait, mask = Signal(len(Engine), reset_less=True), Signal(len(Engine), reset_less=True)
         offered = Signal()
         completed = Signal(range(IN_FLIGHT + 1))  # finished by the engine, not signalled yet
         missing = Signal(len(Engine))
+        accepted = Signal()
 
+        with m.If(self.beat_stb):
+            # First beat in the low bits: beats enter at the top and move down.
+            m.d.sync += word.eq(Cat(word, self.beat)[len(self.beat) :])
+        with m.If(self.first_stb):
+            m.d.sync += [wait.eq(header.wait), mask.eq(header.signal)]
         m.d.comb += [
-            queue.i.valid.eq(self.i.valid),
-            queue.i.payload.word.eq(self.i.payload.word[:bits]),
-            queue.i.payload.index.eq(self.i.payload.index),
-            self.i.ready.eq(queue.i.ready),
-            head.as_value().eq(queue.o.payload.word),
+            header.as_value().eq(self.beat),
+            self.want.eq((queued != 0) & ~known),
             missing.eq(known.replicate(len(Engine)) & wait & ~self.available),
             self.command.valid.eq(offered),
-            self.command.payload.eq(queue.o.payload.word),
-            queue.o.ready.eq(offered & self.command.ready),
-            started.i.valid.eq(offered & self.command.ready),
-            started.i.payload.signal.eq(head.signal),
-            started.i.payload.index.eq(queue.o.payload.index),
+            self.command.payload.eq(word),
+            accepted.eq(offered & self.command.ready),
             self.waiting.eq((~offered).replicate(len(Engine)) & missing),
         ]
-        # The mask and `offered` are registers: neither the queue's memory nor the semaphores are in the path to the
-        # engine. It costs nothing in correctness: what this engine could take cannot be taken by anybody else.
-        m.d.comb += self.take.eq((offered & self.command.ready).replicate(len(Engine)) & wait)
-        m.d.sync += [wait.eq(head.wait), known.eq(queue.o.valid & ~(offered & self.command.ready))]
+        # The mask and `offered` are registers: neither the memory nor the semaphores are in the path to the engine. It
+        # costs nothing in correctness: what this engine could take cannot be taken by anybody else.
+        m.d.comb += self.take.eq(accepted.replicate(len(Engine)) & wait)
+        with m.If(accepted):
+            m.d.sync += [known.eq(0), self.head.eq(self.head + 1)]
+        with m.Elif(self.known_stb):
+            m.d.sync += known.eq(1)
         with m.If(offered):
             m.d.sync += offered.eq(~self.command.ready)
         with m.Else():
-            m.d.sync += offered.eq(known & ~missing.any() & started.i.ready & (completed == 0) & ~self.hold)
+            m.d.sync += offered.eq(known & ~missing.any() & (started != IN_FLIGHT) & (completed == 0) & ~self.hold)
 
-        finishing = self.done_stb | (completed != 0)
+        # Signal masks of what has been accepted, by slot.
+        m.submodules.signals = signals = Memory(
+            shape=len(Engine), depth=IN_FLIGHT, init=[], attrs={"ram_style": "distributed"}
+        )
+        write, read = signals.write_port(), signals.read_port(domain="comb")
         m.d.comb += [
-            self.held.eq(finishing.replicate(len(Engine)) & started.o.payload.signal & self.full),
-            started.o.ready.eq(finishing & ~self.held.any()),
+            write.addr.eq(self.head[: len(write.addr)]),
+            write.data.eq(mask),
+            write.en.eq(accepted),
+            read.addr.eq(self.oldest[: len(read.addr)]),
         ]
-        with m.If(started.o.valid & started.o.ready):
-            m.d.comb += self.signal.eq(started.o.payload.signal)
+
+        finishing, finished = self.done_stb | (completed != 0), Signal()
+        m.d.comb += [
+            self.held.eq(finishing.replicate(len(Engine)) & read.data & self.full),
+            finished.eq(self.executing & finishing & ~self.held.any()),
+        ]
+        with m.If(finished):
+            m.d.comb += self.signal.eq(read.data)
+            m.d.sync += self.oldest.eq(self.oldest + 1)
             with m.If(~self.done_stb):
                 m.d.sync += completed.eq(completed - 1)
         with m.Elif(self.done_stb):
             m.d.sync += completed.eq(completed + 1)
-
-        m.d.comb += [
-            self.executing.eq(started.o.valid),
-            self.empty.eq(~queue.o.valid & ~started.o.valid),
-            self.index.eq(started.o.payload.index),
-        ]
-        with m.If(~started.o.valid):
-            m.d.comb += self.index.eq(queue.o.payload.index)
         return m

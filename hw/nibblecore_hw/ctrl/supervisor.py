@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from amaranth import Cat, Module, Signal
+from amaranth import Cat, Module, Mux, Signal
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -10,6 +10,7 @@ from nibblecore.arch.isa import Engine
 from nibblecore.arch.regs import ErrorCause, ErrorUnit, field
 
 from ..layouts import INDEX_BITS
+from .instructions import ENGINE_BITS
 from .semaphores import MASKS
 
 UNITS = len(ErrorUnit)
@@ -50,9 +51,15 @@ class Supervisor(wiring.Component):
         The program has ended. May not be left over from an earlier program in the first cycle of ``running``.
     idle : In(1)
         No bus transaction is in flight, requests that wait for the bus included.
-    error_stb, error_cause, error_index : In
-        Per unit: it met an error; its :class:`nibblecore.arch.regs.ErrorCause`; the instruction that it is at, which
-        is sampled in the cycle after the error.
+    error_stb, error_cause : In
+        Per unit: it met an error; its :class:`nibblecore.arch.regs.ErrorCause`.
+    fetch_index : In(24)
+        The instruction that fetch is at; sampled in the cycle after the error.
+    lookup, lookup_engine : Out(1), Out(2)
+        Which instruction is that engine at? From the cycle after its error to ``index_stb``. Until then the core does
+        not say that it has stopped.
+    index, index_stb : In(24), In(1)
+        The answer.
     executing : In(4)
         Engines with an unfinished instruction.
     waits : In(MASKS)
@@ -83,7 +90,11 @@ class Supervisor(wiring.Component):
     idle: Signal
     error_stb: Signal
     error_cause: Any
-    error_index: Any
+    fetch_index: Signal
+    lookup: Signal
+    lookup_engine: Signal
+    index: Signal
+    index_stb: Signal
     executing: Signal
     waits: Any
     progress: Signal
@@ -111,7 +122,11 @@ class Supervisor(wiring.Component):
                 "idle": In(1),
                 "error_stb": In(UNITS),
                 "error_cause": In(data.ArrayLayout(8, UNITS)),
-                "error_index": In(data.ArrayLayout(INDEX_BITS, UNITS)),
+                "fetch_index": In(INDEX_BITS),
+                "lookup": Out(1),
+                "lookup_engine": Out(ENGINE_BITS),
+                "index": In(INDEX_BITS),
+                "index_stb": In(1),
                 "executing": In(len(Engine)),
                 "waits": In(MASKS),
                 "progress": In(1),
@@ -153,6 +168,9 @@ class Supervisor(wiring.Component):
                 with m.If(candidates[n]):
                     m.d.comb += blamed.eq(n)
 
+        of_fetch = unit[: blamed.shape().width] == int(ErrorUnit.FETCH)
+        m.d.comb += self.lookup_engine.eq(unit)
+
         def reset_wins() -> None:
             with m.If(self.reset):
                 m.d.sync += settled.eq(0)
@@ -173,7 +191,6 @@ class Supervisor(wiring.Component):
                         cause.eq(int(ErrorCause.WATCHDOG)),
                         unit.eq(blamed),
                         unindexed.eq(1),
-                        pending[_IRQ_ERROR].eq(1),
                     ]
                     with m.If(self.error_stb.any()):
                         m.d.sync += cause.eq(self.error_cause[blamed])
@@ -183,9 +200,15 @@ class Supervisor(wiring.Component):
                     m.next = "IDLE"
                 reset_wins()
             with m.State("ERROR"):
-                # A cycle later than the unit, to have a register between the two choices.
+                # The error shows when all is known about it.
                 with m.If(unindexed):
-                    m.d.sync += [index.eq(self.error_index[unit[: blamed.shape().width]]), unindexed.eq(0)]
+                    m.d.comb += self.lookup.eq(~of_fetch)
+                    with m.If(of_fetch | self.index_stb):
+                        m.d.sync += [
+                            index.eq(Mux(of_fetch, self.fetch_index, self.index)),
+                            unindexed.eq(0),
+                            pending[_IRQ_ERROR].eq(1),
+                        ]
                 reset_wins()
             with m.State("RESETTING"):
                 m.d.sync += settled.eq(settled + 1)
@@ -209,9 +232,9 @@ class Supervisor(wiring.Component):
         ]
         for name, value in (
             ("idle", fsm.ongoing("IDLE")),
-            ("running", fsm.ongoing("RUNNING")),
+            ("running", fsm.ongoing("RUNNING") | (fsm.ongoing("ERROR") & unindexed)),
             ("done", done),
-            ("error", fsm.ongoing("ERROR")),
+            ("error", fsm.ongoing("ERROR") & ~unindexed),
             ("resetting", resetting),
         ):
             m.d.comb += self.status[field("STATUS", name).low].eq(value)
