@@ -6,7 +6,8 @@ interpreter is compared, tensor by tensor and for all 360 test images, with
 * the program-level golden model, for networks that the core runs;
 * a second evaluation of the graph, in torch: float64 convolutions, int64 requantization;
 * the exported ONNX file in ONNX Runtime, from real images to real results, and all its tensors;
-* the same in the plain style, and fake quantization: both in float32, hence with a tolerance.
+* the same in the plain style, and fake quantization: both in float32 with real steps, which moves some codes. By layer,
+  every layer reads the integers, so that it is alone responsible for what differs.
 
 ::
 
@@ -53,14 +54,14 @@ from nibblecore.runtime.transport import GoldenTransport
 
 Array = npt.NDArray[Any]
 
-GOLDEN: Final = "golden model, instruction by instruction"
-TORCH: Final = "torch, float64 and int64"
-ONNX: Final = "ONNX Runtime"
-LOGITS: Final = "ONNX Runtime, real images to real results"
-PLAIN: Final = "ONNX Runtime, plain style"
-PLAIN_LAYERS: Final = "ONNX Runtime, plain style, each layer alone"
-FAKE: Final = "fake quantization"
-FAKE_LAYERS: Final = "fake quantization, each layer alone"
+GOLDEN: Final = "golden model"
+TORCH: Final = "torch int64"
+ONNX: Final = "ONNX"
+LOGITS: Final = "ONNX, real to real"
+PLAIN: Final = "ONNX plain"
+PLAIN_LAYERS: Final = "ONNX plain, by layer"
+FAKE: Final = "fake-quant"
+FAKE_LAYERS: Final = "fake-quant, by layer"
 EQUAL: Final = (GOLDEN, TORCH, ONNX, LOGITS)
 """What must be the same in every bit; the others may be a code off in each layer."""
 
@@ -342,8 +343,8 @@ def report(result: Result, console: Console) -> None:
     how = ", ".join(f"{count} in {kind}" for kind, count in sorted(result.exactness.items()))
     table = Table(title=f"{result.network}: {result.layers} layers ({how} in ONNX), accuracy {result.accuracy:.2%}",
                   title_justify="left", title_style="bold")  # fmt: skip
-    table.add_column("integers beside", overflow="fold")
-    for column in ("images", "values", "differing", "share", "largest", "same top-1"):
+    table.add_column("integers beside", no_wrap=True)
+    for column in ("images", "values", "differ", "share", "most", "top-1"):
         table.add_column(column, justify="right", no_wrap=True)
     for kind, count in result.counts.items():
         colour = "green" if not count.mismatches else "red" if kind in EQUAL else "yellow"
@@ -357,7 +358,7 @@ def report(result: Result, console: Console) -> None:
             f"{count.same_top1 / count.images:.1%}",
         )
     console.print(table)
-    console.print(f"{result.seconds:.0f} s\n", highlight=False)
+    console.print(f"differ, share, most: codes and by how many; top-1: the same class. {result.seconds:.0f} s\n")
 
 
 def to_json(results: list[Result]) -> str:
