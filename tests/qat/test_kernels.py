@@ -4,19 +4,21 @@ import copy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from nibblecore.errors import ToolchainError
-from nibblecore.qat import kernels
+from nibblecore.qat import QConfig, calibrate, kernels, prepare
+from nibblecore.qat.layers import QuantLayer
 from nibblecore.qat.lsq import Lsq, LsqActivations, LsqWeights
 
 
 def both(v: Tensor, step: Tensor, low: int, high: int, kind: str, stored: bool = True) -> list[tuple[Tensor, ...]]:
     """Result and gradients with the kernels and without."""
-    found = []
+    found: list[tuple[Tensor, ...]] = []
     upstream = torch.randn(v.shape, generator=torch.Generator().manual_seed(7))
     for compiled in (True, False):
         with pytest.MonkeyPatch.context() as patch:
@@ -74,6 +76,40 @@ def test_sums_are_more_exact_than_float32() -> None:
     assert float(fast) == pytest.approx(float(exact), rel=1e-4)
 
 
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+@pytest.mark.parametrize("path", ["0", "2", "4"])
+def test_parameters_of_layers(path: str, granularity: Literal["channel", "tensor"]) -> None:
+    # 8-bit weights, 4-bit weights, and a last layer that is not requantized; one has no bias.
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 40, 3), nn.ReLU(), nn.Conv2d(40, 7, 3, bias=False), nn.ReLU(), nn.Conv2d(7, 9, 1))
+    model = prepare(net, QConfig(granularity=granularity), torch.zeros(1, 2, 8, 8))
+    calibrate(model, [torch.rand(8, 2, 8, 8)])
+    layer = model.get_submodule(path)
+    assert isinstance(layer, QuantLayer)
+    with torch.no_grad():
+        layer.weight_quantizer.step[0] *= -0.7  # type: ignore[index, operator]
+        if layer.bias is not None:
+            layer.bias.normal_()
+    generator, found = torch.Generator().manual_seed(1), []
+    upstream = torch.randn(layer.weight.shape, generator=generator), torch.randn(len(layer.weight), generator=generator)
+    for compiled in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not compiled:
+                patch.setattr(kernels, "library", lambda: None)
+            layer.zero_grad()
+            weight, bias = layer._parameters_for(torch.tensor(0.0217))
+            assert ("LsqParameters" in str(weight.grad_fn)) == compiled
+            loss = (weight * upstream[0]).sum()
+            (loss if bias is None else loss + (bias * upstream[1]).sum()).backward()
+            found.append((weight.detach(), bias, [p.grad for p in layer.parameters()]))
+    (weight, bias, grads), (slow_weight, slow_bias, slow_grads) = found
+    assert torch.equal(weight, slow_weight)
+    assert (bias is None) == (slow_bias is None) == (layer.bias is None)
+    assert bias is None or slow_bias is None or torch.equal(bias, slow_bias)
+    for grad, slow in zip(grads, slow_grads, strict=True):
+        torch.testing.assert_close(grad, slow, rtol=1e-4, atol=1e-6)
+
+
 def test_what_does_not_qualify() -> None:
     v, step = torch.zeros(4, 6), torch.tensor(1.0)
     assert kernels.usable(v, step)
@@ -93,7 +129,7 @@ def test_gradients_of_any_layout() -> None:
     quantizer(x).sum().backward()  # an expanded gradient
     assert x.grad is not None
     assert torch.equal(x.grad, (x < 1.5).float() * (x > 0))
-    x.grad = None
+    x.grad.zero_()
     (quantizer(x).transpose(0, 2) * torch.arange(3.0)).sum().backward()
     assert torch.equal(x.grad, torch.arange(3.0).reshape(3, 1, 1).expand(3, 4, 5) * (x > 0))
 

@@ -168,6 +168,34 @@ void nibble_lsq_backward(const float* v, const float* step, const float* gain, c
     run(v, step, gain, grad, grad_v, grad_step, grad_scale, blocks, r, threads);
 }
 
+// What one layer's chip parameters are in real numbers, see QuantLayer._parameters_for: steps of the weights from the
+// stored ones, of which there are `stored` (1 or rows); the factor by which rounding changes each multiplier; and biases
+// (or null), rounded. output_step is 0 where nothing is requantized.
+void nibble_parameters(const float* raw, int64_t stored, const float* bias, double input_step, double output_step,
+                       float step_min, int64_t mult_bits, int64_t shift_max, float* step, float* gain, float* bias_out,
+                       int64_t rows) {
+    for (int64_t row = 0; row < rows; ++row) {
+        const float magnitude = std::fabs(raw[stored > 1 ? row : 0]);
+        step[row] = magnitude < step_min ? step_min : magnitude;
+        const double unit = input_step * static_cast<double>(step[row]);
+        double factor = 1;
+        if (output_step != 0) {
+            const double ratio = unit / output_step;
+            int exponent;
+            std::frexp(ratio, &exponent);
+            const int shift = static_cast<int>(std::min<int64_t>(mult_bits - 1 - exponent, shift_max));
+            const double scale = std::ldexp(1.0, shift);
+            factor = std::floor(ratio * scale + 0.5) / scale / ratio;
+        }
+        gain[row] = static_cast<float>(factor);
+        if (bias) {
+            const double exact = bias[row];
+            const double rounded = std::floor(exact / unit + 0.5) * unit * factor;
+            bias_out[row] = static_cast<float>(exact + (rounded - exact));
+        }
+    }
+}
+
 // Bin regularization of rows that are rounded half to even and have bins of their own: the loss, and the population of
 // each bin, rows x LEVELS.
 double nibble_bins_forward(const float* v, const float* step, float* population, int64_t rows, int64_t columns,

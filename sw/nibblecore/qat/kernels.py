@@ -22,6 +22,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from ..arch import numerics
 from ..errors import ToolchainError
 from ..files import cache_dir, write_atomically
 
@@ -84,6 +85,12 @@ def library() -> Any:
     loaded.nibble_lsq_forward.restype = None
     loaded.nibble_lsq_backward.argtypes = [*[pointer] * 6, real, *[integer] * 6]
     loaded.nibble_lsq_backward.restype = None
+    double = ctypes.c_double
+    loaded.nibble_parameters.argtypes = [
+        *(pointer, integer, pointer, double, double, real, integer, integer),
+        *(pointer, pointer, pointer, integer),
+    ]
+    loaded.nibble_parameters.restype = None
     loaded.nibble_bins_forward.argtypes = [*[pointer] * 3, *[integer] * 5]
     loaded.nibble_bins_forward.restype = ctypes.c_double
     loaded.nibble_bins_backward.argtypes = [*[pointer] * 3, real, *[pointer] * 2, *[integer] * 5]
@@ -94,42 +101,67 @@ def library() -> Any:
 _ORDINARY: Final = (Tensor, nn.Parameter)
 
 
+def parameters(
+    raw: Tensor, bias: Tensor | None, input_step: float, output_step: float, step_min: float, rows: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Steps, factors of rounded multipliers and rounded biases of a layer with ``rows`` output channels.
+
+    ``raw`` holds its stored steps, 1 or ``rows``; ``output_step`` is 0 where nothing is requantized. See
+    ``QuantLayer._parameters_for`` in :mod:`nibblecore.qat.layers`.
+    """
+    step, gain = raw.new_empty(rows), raw.new_empty(rows)
+    rounded = None if bias is None else torch.empty_like(bias)
+    library().nibble_parameters(
+        *(raw.data_ptr(), raw.numel(), None if bias is None else bias.data_ptr(), input_step, output_step, step_min),
+        *(numerics.MULT_BITS, numerics.SHIFT_MAX, step.data_ptr(), gain.data_ptr()),
+        *(None if rounded is None else rounded.data_ptr(), rows),
+    )
+    return step, gain, rounded
+
+
+def eager(*tensors: Tensor) -> bool:
+    """Whether these are ordinary contiguous float32 tensors of a CPU, and nothing compiles or traces the model."""
+    return not torch.compiler.is_compiling() and all(map(_plain, tensors)) and not torch._C._is_tracing()
+
+
 def usable(v: Tensor, step: Tensor) -> bool:
     """Whether kernels can work on ``v`` with ``step``: one value, or one for each ``v[i]`` as ``(len(v), 1, 1, …)``."""
-    return (
-        not torch.compiler.is_compiling()
-        and _plain(v)
-        and _plain(step)
-        and (step.numel() == 1 or step.numel() == v.shape[0] == step.shape[0])
-        and not torch._C._is_tracing()
-        and library() is not None
-    )
+    shaped = step.numel() == 1 or step.numel() == v.shape[0] == step.shape[0]
+    return shaped and eager(v, step) and library() is not None
 
 
 def _plain(t: Tensor) -> bool:
     return t.dtype is torch.float32 and t.is_cpu and type(t) in _ORDINARY and t.is_contiguous()
 
 
-def lsq_forward(v: Tensor, step: Tensor, low: int, high: int, kind: str) -> Tensor:
-    """``step * code(v / step)``, see :class:`nibblecore.qat.lsq.Lsq`."""
+def lsq_forward(v: Tensor, step: Tensor, low: int, high: int, kind: str, gain: Tensor | None = None) -> Tensor:
+    """``step * code(v / step)``, see :class:`nibblecore.qat.lsq.Lsq`, times ``gain`` of as many values as ``step``."""
     out = torch.empty_like(v)
     rows, columns = _rows(v, step)
     library().nibble_lsq_forward(
-        *(v.data_ptr(), step.data_ptr(), None, out.data_ptr()),
+        *(v.data_ptr(), step.data_ptr(), None if gain is None else gain.data_ptr(), out.data_ptr()),
         *(rows, columns, low, high, KINDS[kind], torch.get_num_threads()),
     )
     return out
 
 
 def lsq_backward(
-    grad: Tensor, v: Tensor, step: Tensor, low: int, high: int, kind: str, grad_scale: float
+    grad: Tensor,
+    v: Tensor,
+    step: Tensor,
+    low: int,
+    high: int,
+    kind: str,
+    grad_scale: float,
+    gain: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of that with respect to ``v`` and, times ``grad_scale``, to ``step``."""
     grad = grad.contiguous()
     grad_v, grad_step = torch.empty_like(v), torch.empty_like(step)
     rows, columns = _rows(v, step)
     library().nibble_lsq_backward(
-        *(v.data_ptr(), step.data_ptr(), None, grad.data_ptr(), grad_v.data_ptr(), grad_step.data_ptr(), grad_scale),
+        *(v.data_ptr(), step.data_ptr(), None if gain is None else gain.data_ptr(), grad.data_ptr()),
+        *(grad_v.data_ptr(), grad_step.data_ptr(), grad_scale),
         *(rows, columns, low, high, KINDS[kind], torch.get_num_threads()),
     )
     return grad_v, grad_step

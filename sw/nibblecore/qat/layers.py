@@ -86,7 +86,7 @@ class QuantOp(nn.Module):
         if quantizer is None:
             return Grid(x.to(dtype or x.dtype), None)
         result = quantizer(x).to(dtype or x.dtype)
-        return Grid(result, quantizer.scale().detach() if quantizer.fake_quant_enabled else None)
+        return Grid(result, quantizer.value() if quantizer.fake_quant_enabled else None)
 
     def share(self, quantizer: ActQuantizer) -> None:
         """Use a quantizer that belongs to another operator."""
@@ -257,6 +257,14 @@ class QuantLayer(QuantOp, abc.ABC):
 
     def _parameters_for(self, input_step: Tensor | float | None) -> tuple[Tensor, Tensor | None]:
         """Weight and bias as the chip has them, multipliers included; the bias with a straight-through gradient."""
+        output = self.output_quantizer
+        output_step = None if output is None or not output.fake_quant_enabled else output.value()
+        quantized = input_step is not None and self.weight_quantizer.fake_quant_enabled
+        if quantized and self.norm is None and self.correction is None and self.bias_bits is None:
+            assert input_step is not None
+            fast = self.weight_quantizer.chip_parameters(self.weight, self.bias, input_step, output_step)
+            if fast is not None:
+                return fast
         behind, bias, latent = self._factor(), self.real_bias(), self.latent()
         dtype = self.weight.dtype
         if input_step is None or not self.weight_quantizer.fake_quant_enabled:
@@ -266,8 +274,8 @@ class QuantLayer(QuantOp, abc.ABC):
             return weight, None if bias is None else bias.to(dtype)
         unit = self.unit(input_step)
         factor = torch.ones_like(unit)
-        if self.output_quantizer is not None and self.output_quantizer.fake_quant_enabled:
-            ratio = (unit / self.output_quantizer.scale().detach().double()).abs()
+        if output_step is not None:
+            ratio = (unit / output_step.double()).abs()
             ratio = torch.where(ratio == 0, 1.0, ratio)
             factor = round_ratio(ratio) / ratio
         channel = factor if behind is None else factor * behind
@@ -275,7 +283,7 @@ class QuantLayer(QuantOp, abc.ABC):
         if bias is None:
             return weight, None
         # A channel whose unit is 0 is a constant.
-        rounded = torch.where(unit == 0, bias.detach(), self.int_bias(input_step) * unit * factor)
+        rounded = torch.where(unit == 0, bias.detach(), self._bias_codes(bias.detach(), unit) * unit * factor)
         return weight, (bias + (rounded - bias).detach()).to(dtype)
 
     @abc.abstractmethod
@@ -443,7 +451,7 @@ class QuantAvgPool2d(QuantOp):
     def forward(self, x: Grid) -> Grid:
         mean = F.avg_pool2d(wide(x.x), self.kernel, self.stride, self.padding)
         if x.step is not None and self.grid().fake_quant_enabled:
-            scale = self.grid().scale().detach().double()
+            scale = self.grid().value().double()
             ratio = x.step / (self.kernel[0] * self.kernel[1] * scale)
             mean = mean * (round_ratio(ratio) / ratio).to(mean.dtype)
         return self.finish(mean, x.x.dtype)

@@ -127,6 +127,42 @@ class Lsq(torch.autograd.Function):
         return grad_v, grad_step, None, None, None, None, None
 
 
+class LsqParameters(torch.autograd.Function):
+    """:class:`Lsq` of a layer's weights from stored steps, times the factors of its rounded multipliers, and its bias.
+
+    What ``QuantLayer._parameters_for`` computes, in two kernels. ``input_step`` and ``output_step`` (0 for none) are
+    numbers; no gradient goes to them, and that of the bias passes straight through.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        raw: Tensor,
+        bias: Tensor | None,
+        input_step: float,
+        output_step: float,
+        low: int,
+        high: int,
+        grad_scale: float,
+        kind: str,
+    ) -> tuple[Tensor, Tensor | None]:
+        step, gain, rounded = kernels.parameters(raw, bias, input_step, output_step, STEP_MIN, len(weight))
+        ctx.save_for_backward(weight, raw, step, gain)
+        ctx.options = low, high, kind, grad_scale
+        return kernels.lsq_forward(weight, step, low, high, kind, gain), rounded
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_bias: Tensor | None) -> tuple[Tensor | None, ...]:
+        weight, raw, step, gain = ctx.saved_tensors
+        low, high, kind, grad_scale = ctx.options
+        grad_weight, grad_step = kernels.lsq_backward(grad, weight, step, low, high, kind, grad_scale, gain)
+        if len(raw) == 1:
+            grad_step = grad_step.sum(0, keepdim=True)
+        return grad_weight, torch.where(raw < 0, -grad_step, grad_step), grad_bias, *[None] * 6
+
+
 def where_inside(values: Tensor, u: Tensor, low: int, high: int) -> Tensor:
     """``values`` where ``low < u < high``, else 0: a new tensor.
 
@@ -250,6 +286,20 @@ class LsqWeights(WeightQuantizer):
         result: Tensor = Lsq.apply(weight, step, self.low, self.high, self.grad_scale, self.kind, stored)
         return result
 
+    def chip_parameters(
+        self, weight: Tensor, bias: Tensor | None, input_step: Tensor | float, output_step: Tensor | None
+    ) -> tuple[Tensor, Tensor | None] | None:
+        tensors = (weight, self.step) if bias is None else (weight, self.step, bias)
+        # The classes that derive from this one have other steps.
+        if type(self) is not LsqWeights or self.power_of_two or not kernels.eager(*tensors) or not kernels.library():
+            return None
+        step = 0.0 if output_step is None else float(output_step)
+        options = self.low, self.high, self.grad_scale, self.kind
+        result: tuple[Tensor, Tensor | None] = LsqParameters.apply(
+            weight, self.step, bias, float(input_step), step, *options
+        )
+        return result
+
 
 class LsqActivations(ActQuantizer):
     """Activations with one learned step, stored as it is (see :class:`PositiveStep`) and nan until calibrated.
@@ -276,6 +326,9 @@ class LsqActivations(ActQuantizer):
     def scale(self) -> Tensor:
         step: Tensor = PositiveStep.apply(self.step)
         return NearestPowerOfTwo.apply(step) if self.power_of_two else step
+
+    def value(self) -> Tensor:
+        return super().value() if self.power_of_two else self.step.detach().abs().clamp_min_(STEP_MIN)
 
     def set_range(self, low: float, high: float) -> None:
         self.step.fill_(self.step_for(low, high))

@@ -134,6 +134,15 @@ class WeightQuantizer(nn.Module, abc.ABC):
     def fake_quantize(self, weight: Tensor) -> Tensor:
         """``codes(weight) * scale(weight)``, differentiable."""
 
+    def chip_parameters(
+        self, weight: Tensor, bias: Tensor | None, input_step: Tensor | float, output_step: Tensor | None
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias of a layer without norm and correction as the chip has them, in one go; None: step by step.
+
+        For quantizers that know a faster way to what ``QuantLayer._parameters_for`` computes.
+        """
+        return None
+
     def forward(self, weight: Tensor) -> Tensor:
         """:meth:`fake_quantize`, or the weights as they are where that is switched off."""
         return self.fake_quantize(wide(weight)).to(weight.dtype) if self.fake_quant_enabled else weight
@@ -226,6 +235,10 @@ class ActQuantizer(nn.Module, abc.ABC):
     @abc.abstractmethod
     def scale(self) -> Tensor:
         """The step: positive, shape ``()``; nan before calibration."""
+
+    def value(self) -> Tensor:
+        """:meth:`scale` without a gradient."""
+        return self.scale().detach()
 
     def observe(self, x: Tensor) -> None:
         """Take in one batch of calibration data; an empty one is none."""
