@@ -168,6 +168,19 @@ def test_ties_round_up_and_codes_saturate(mult: int, shift: int, bits: int) -> N
         assert not np.array_equal(plain, want)
 
 
+@pytest.mark.parametrize("weight", [-128, -1, 127])
+def test_signs_of_multipliers_in_the_plain_style(weight: int) -> None:
+    # The opposite of -128 does not exist: such a layer gets its signs behind it.
+    graph = chain(-70001, 24, weight=weight, bias=300)
+    codes = np.arange(-128, 128).reshape(1, 1, 1, 256)
+    run = OnnxRun(graph, style="plain", threads=1)
+    difference = run.run({"x": codes})["y"] - ir.run(graph, {"x": codes})["y"]
+    assert np.abs(difference).max() <= 1
+    assert (difference != 0).mean() < 0.05
+    kinds = [node.op_type for node in onnx.load_from_string(run.model.data).graph.node]
+    assert ("Mul" in kinds) == (weight == -128)
+
+
 def test_a_multiplier_of_zero_and_a_constant_channel() -> None:
     for graph in (chain(0, 1, bias=7), chain(2, 1, weight=0, bias=-5)):
         got, want = every_code(graph)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from nibblecore import ir
+from nibblecore.frontend.run_onnx import OnnxRun
 from nibblecore.frontend.to_onnx import to_onnx
 from nibblecore.models.resnet8 import resnet8_digits
 from nibblecore.qat import QConfig, QuantModel, calibrate, convert, export_onnx, fake_quant_codes, prepare
@@ -54,6 +55,37 @@ def test_isolated_layers_do_not_see_what_others_compute(network: Any) -> None:
     assert np.array_equal(
         isolated["stage2.conv1"], fake_quant_codes(model, graph, tensors, isolated=True)["stage2.conv1"]
     )
+
+
+@pytest.mark.parametrize(
+    "qconfig",
+    [
+        QConfig(weight_bits=2, act_bits=2),
+        QConfig(weight_bits=3, act_bits=3, first_last_bits=4),
+        QConfig(weight_range="full", output_bits=8),
+        QConfig(method="tqt", scale_kind="power_of_two"),
+        QConfig(method="lsq+", shortcut_bits=4),
+        QConfig(batch_norm="unfolded"),
+    ],
+    ids=["2 bits", "3 bits", "full range", "powers of two", "zero points", "unfolded"],
+)
+def test_every_kind_of_grid_in_onnx(qconfig: QConfig) -> None:
+    torch.manual_seed(0)
+    net = resnet8_digits()
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):  # factors of both signs
+                module.weight.copy_(torch.randn(module.weight.shape))
+    x = torch.rand(6, 1, 8, 8)
+    model = prepare(net.eval(), qconfig, x)
+    calibrate(model, [x])
+    graph = convert(model.eval())
+    given = {"x": ir.quantize(x.numpy(), graph.tensors["x"])}
+    want = ir.run(graph, given, keep=True)
+    run = OnnxRun(graph, threads=1)
+    assert "approximate" not in run.model.exactness.values()
+    for name, codes in run.run(given).items():
+        assert np.array_equal(codes, want[name]), name
 
 
 def test_flattening_that_the_graph_does_not_have() -> None:
