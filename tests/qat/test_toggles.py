@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nibblecore.errors import TrainingError
 from nibblecore.qat import (
     METHODS,
     Ema,
@@ -84,6 +85,22 @@ def test_without_fake_quantization_it_is_the_float_model() -> None:
     torch.testing.assert_close(model(x), net(x))
     model.enable_fake_quant()
     assert float((model(x) - net(x)).abs().max().detach()) > 1e-3
+
+
+def test_what_is_switched_on_needs_a_step() -> None:
+    model, _ = small()
+    x = images()
+    text = r"^\d of 4 activation steps are nan, the first at "
+    model.disable_fake_quant()
+    model(x)
+    with pytest.raises(TrainingError, match=text):
+        convert(model)
+    for switch_on in (lambda: model.enable_fake_quant("stem"), lambda: model.apply(enable_fake_quant)):
+        switch_on()
+        with pytest.raises(TrainingError, match=text):
+            model(x)
+    calibrate(model, [x])
+    assert bool(model(x).isfinite().all())
 
 
 def test_patterns_choose_layers_weights_and_activations() -> None:

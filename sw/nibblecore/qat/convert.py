@@ -40,7 +40,7 @@ def convert(model: QuantModel, name: str | None = None) -> ir.Graph:
     if not isinstance(model, QuantModel):
         raise TypeError(f"model must come from nibblecore.qat.prepare, not be a {type(model).__name__}")
     model._calibrated = False  # training may have lost a step since the last look
-    model._check_ready()
+    model._check_ready(every=True)
     return _Converter(model, name or model._graph_name).graph
 
 

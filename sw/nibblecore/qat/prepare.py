@@ -85,7 +85,6 @@ class QuantModel(nn.Module):
         of its argument. Whether a tensor is quantized is a mode, like :attr:`training`: copies and pickles have it, a
         ``state_dict`` does not. Raises :class:`ValueError` for a pattern without a quantizer.
         """
-        self._calibrated = False
         switch(self, pattern, fake_quant=True, weights=weights, activations=activations)
 
     def disable_fake_quant(self, pattern: str = "*", *, weights: bool = True, activations: bool = True) -> None:
@@ -108,7 +107,7 @@ class QuantModel(nn.Module):
     def disable_observer(self, pattern: str = "*") -> None:
         """Let observers look no more: grids are set from what was collected, and ranges stay."""
         switch(self, pattern, observer=False)
-        self._calibrated = False
+        self._calibrated = not self._uncalibrated()
 
     def _execute(self, x: Tensor) -> dict[str, Grid]:
         """Every tensor by name."""
@@ -126,20 +125,26 @@ class QuantModel(nn.Module):
     def _quantizers(self) -> dict[str, ActQuantizer]:
         return {name: module for name, module in self.named_modules() if isinstance(module, ActQuantizer)}
 
-    def _uncalibrated(self) -> list[str]:
-        return [n for n, q in self._quantizers().items() if q.fake_quant_enabled and not q.is_calibrated()]
+    def _uncalibrated(self, every: bool = True) -> list[str]:
+        """Paths of the activation quantizers whose steps are nan, ``every`` one or those that are switched on."""
+        quantizers = self._quantizers()
+        return [n for n, q in quantizers.items() if (every or q.fake_quant_enabled) and not q.is_calibrated()]
 
-    def _check_ready(self) -> None:
-        """Raise unless every activation step is a number. Looks once; new values make :meth:`forward` look again."""
+    def _check_ready(self, every: bool = False) -> None:
+        """Raise unless the steps of activations are numbers, those that are switched on or ``every`` one.
+
+        Looks until all are; new values make :meth:`forward` look again.
+        """
         if self._calibrated:
             return
-        if missing := self._uncalibrated():
+        quantizers = self._quantizers()
+        if missing := self._uncalibrated(every):
             raise TrainingError(
-                f"{len(missing)} of {len(self._quantizers())} activation steps are nan, the first at {missing[0]}: "
+                f"{len(missing)} of {len(quantizers)} activation steps are nan, the first at {missing[0]}: "
                 "they were never calibrated, or training has lost them.",
                 hint="Call nibblecore.qat.calibrate(model, loader) with a few batches, or load a state_dict.",
             )
-        self._calibrated = True
+        self._calibrated = every or all(q.fake_quant_enabled for q in quantizers.values())
 
 
 def _look_again(model: nn.Module, _: Any) -> None:
