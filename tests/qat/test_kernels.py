@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nibblecore.errors import ToolchainError
-from nibblecore.qat import QConfig, calibrate, kernels, prepare
+from nibblecore.qat import QConfig, bin_regularization, calibrate, kernels, prepare
 from nibblecore.qat.layers import QuantLayer
 from nibblecore.qat.lsq import Lsq, LsqActivations, LsqWeights
 
@@ -108,6 +108,34 @@ def test_parameters_of_layers(path: str, granularity: Literal["channel", "tensor
     assert bias is None or slow_bias is None or torch.equal(bias, slow_bias)
     for grad, slow in zip(grads, slow_grads, strict=True):
         torch.testing.assert_close(grad, slow, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+@pytest.mark.parametrize("grad_to_step", [True, False])
+def test_bin_regularization(bits: int, granularity: Literal["channel", "tensor"], grad_to_step: bool) -> None:
+    torch.manual_seed(bits)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 50, 3), nn.ReLU(), nn.Conv2d(50, 2, 3))
+    qconfig = QConfig(weight_bits=bits, granularity=granularity, weight_range="full")
+    model = prepare(net, qconfig, torch.zeros(1, 1, 8, 8))
+    layer = model.get_submodule("2")
+    assert isinstance(layer, QuantLayer)
+    with torch.no_grad():
+        layer.weight_quantizer.step.mul_(-0.6)  # type: ignore[operator]  # some weights are clipped
+    found = []
+    for compiled in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not compiled:
+                patch.setattr(kernels, "library", lambda: None)
+            model.zero_grad()
+            loss = bin_regularization(model, grad_to_step=grad_to_step)
+            (0.5 * loss).backward()
+            found.append((loss.detach(), [p.grad for p in layer.parameters()]))
+    (loss, grads), (slow_loss, slow_grads) = found
+    torch.testing.assert_close(loss, slow_loss, rtol=1e-5, atol=0)
+    assert sum(grad is not None for grad in grads) == 1 + grad_to_step
+    for grad, slow in zip(grads, slow_grads, strict=True):
+        torch.testing.assert_close(grad, slow, rtol=1e-4, atol=1e-7)
 
 
 def test_what_does_not_qualify() -> None:

@@ -14,12 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from . import kernels
+from .distributed import unwrap
 from .layers import QuantLayer
 
 
-def _low_bit_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
-    for name, module in model.named_modules():
+def low_bit_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
+    """Layers whose weights have 4 bits or fewer, by path; :class:`ValueError` where codes are not those of a step."""
+    for name, module in unwrap(model).named_modules():
         if isinstance(module, QuantLayer) and module.weight_quantizer.bits <= 4:
             if not module.weight_quantizer.uniform:
                 kind = type(module.weight_quantizer).__name__
@@ -29,6 +33,28 @@ def _low_bit_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
 
 def _sum(terms: list[Tensor]) -> Tensor:
     return torch.stack(terms).sum() if terms else torch.zeros(())
+
+
+class BinRegularization(torch.autograd.Function):
+    """The loss of one tensor in two kernels; ``step`` as in :func:`nibblecore.qat.kernels.usable`.
+
+    With ``n`` the population of the bin of ``w`` and ``code`` that of ``w / step``::
+
+        d/dw    = 2 * (w - code * step) / n
+        d/dstep = -sum(code * d/dw)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, step: Tensor, low: int, high: int) -> Tensor:
+        loss, population = kernels.bins_forward(weight, step, low, high)
+        ctx.save_for_backward(weight, step, population)
+        ctx.range = low, high
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *kernels.bins_backward(float(grad), *ctx.saved_tensors, *ctx.range), None, None
 
 
 def bin_regularization(model: nn.Module, *, grad_to_step: bool = True, groups: str = "step") -> Tensor:
@@ -48,8 +74,14 @@ def bin_regularization(model: nn.Module, *, grad_to_step: bool = True, groups: s
     if groups not in ("step", "layer"):
         raise ValueError(f"groups must be 'step' or 'layer', not {groups!r}")
     terms = []
-    for _, layer in _low_bit_layers(model):
+    for _, layer in low_bit_layers(model):
         quantizer, weight = layer.weight_quantizer, layer.latent()
+        if groups == "step" and quantizer.kind == "half_even":
+            steps = quantizer.scale(weight)[: len(weight) if quantizer.per_channel else 1]
+            steps = (steps if grad_to_step else steps.detach()).reshape(-1, *[1] * (weight.ndim - 1))
+            if kernels.usable(weight, steps):
+                terms.append(BinRegularization.apply(weight, steps, quantizer.low, quantizer.high))
+                continue
         codes = quantizer.codes(weight)
         scale = quantizer.scale_like(weight)
         square = (weight - codes * (scale if grad_to_step else scale.detach())).square()
@@ -82,7 +114,7 @@ def dampening(model: nn.Module, *, aggregation: str = "kernel_mean") -> Tensor:
     if aggregation not in ("sum", "mean", "kernel_mean"):
         raise ValueError(f"aggregation must be 'sum', 'mean' or 'kernel_mean', not {aggregation!r}")
     terms = []
-    for _, layer in _low_bit_layers(model):
+    for _, layer in low_bit_layers(model):
         quantizer, weight = layer.weight_quantizer, layer.latent()
         scale = quantizer.scale_like(weight).detach()
         clipped = weight.maximum(scale * quantizer.low).minimum(scale * quantizer.high)
@@ -119,7 +151,7 @@ class OscillationTracker:
         if not 0 < momentum <= 1:
             raise ValueError(f"momentum must be above 0 and at most 1, not {momentum!r}")
         self.momentum = momentum
-        self.layers = dict(_low_bit_layers(model))
+        self.layers = dict(low_bit_layers(model))
         self.state: dict[str, dict[str, Tensor]] = {}
         for name, layer in self.layers.items():
             codes = layer.int_weight()
@@ -178,4 +210,4 @@ class OscillationTracker:
             raise ValueError("the state is that of a tracker of another model")
         for name, s in self.state.items():
             for key in s:
-                s[key] = state[f"{name}.{key}"].clone()
+                s[key] = state[f"{name}.{key}"].to(s[key].device, copy=True)
