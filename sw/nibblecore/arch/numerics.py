@@ -130,9 +130,11 @@ def quantize_multiplier(ratio: float | Fraction, *, shift_max: int = SHIFT_MAX) 
     a ratio that is not finite, or of magnitude 2**16 and more, which no shift of at least 1 represents.
     """
     exact = Fraction(ratio)  # raises for nan and inf, with Python's own words
-    sign, magnitude = (-1, -exact) if exact < 0 else (1, exact)
-    for shift in range(shift_max, SHIFT_MIN - 1, -1):
-        mult = int(magnitude * (1 << shift) + Fraction(1, 2))
+    sign, numerator, denominator = (-1 if exact < 0 else 1), abs(exact.numerator), exact.denominator
+    # The ratio is above 2**(exponent - 1): larger shifts than the first make mult too large.
+    exponent = numerator.bit_length() - denominator.bit_length()
+    for shift in range(min(shift_max, MULT_BITS - exponent), SHIFT_MIN - 1, -1):
+        mult = ((numerator << shift + 1) + denominator) // (2 * denominator)
         if mult < 1 << MULT_BITS - 1:
             return (sign * mult, shift) if mult else (0, SHIFT_MIN)
     raise ValueError(f"a scale ratio of {float(exact):g} is 2**16 or more in magnitude")
