@@ -87,7 +87,7 @@ def acc_read_port(arch: ArchConfig) -> Signature:
 
 
 READ_LATENCY = 3
-"""Edges from a granted buffer read to its data: block RAM, a register per bank, one behind the bank multiplexer."""
+"""Edges from a granted buffer read to its data: block RAM, a register beside it, one behind the choice of a bank."""
 
 ACC_READ_LATENCY = 3
 """Edges from an accumulator read to its data: block RAM, a register at its output, one behind the group multiplexer."""

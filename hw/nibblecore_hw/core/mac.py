@@ -202,20 +202,25 @@ class MacEngine(wiring.Component):
         tile_step = Signal(instruction.w_step.shape(), reset_less=True)
         address = Signal.like(tile, reset_less=True)
         column = Signal(ceil_log2(arch.columns))
+        is_last = Signal(init=arch.columns == 1)  # column == columns - 1, as a register
         granted, tile_ends, offered = Signal(), Signal(), Signal()
         next_tile = Signal.like(tile)
         m.d.comb += [
             self.w.addr.eq(address),
             self.w.valid.eq(fetches),
             granted.eq(fetches & self.w.ready),
-            tile_ends.eq(granted & (column == arch.columns - 1)),
+            tile_ends.eq(granted & is_last),
             tile_there.eq(complete | tile_ends),
             tile_begins.eq(enters & pass_begins),
             offered.eq(self.command.valid & ~weights_taken),
             next_tile.eq(tile + tile_step),
         ]
         with m.If(granted):
-            m.d.sync += [address.eq(address + 1), column.eq(column + 1)]
+            m.d.sync += [
+                address.eq(address + 1),
+                column.eq(column + 1),
+                is_last.eq(column == (arch.columns - 2) % arch.columns),
+            ]
         with m.If(tile_ends):
             m.d.sync += [fetches.eq(0), complete.eq(1)]
         with m.If(tile_begins):

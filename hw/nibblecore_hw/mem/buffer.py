@@ -1,8 +1,10 @@
 """Banked on-chip memory with several readers and writers: the activation buffer and the weight buffer."""
 
+import functools
+import operator
 from typing import get_args
 
-from amaranth import Array, Assert, Cat, Const, Module, Mux, Signal, Value
+from amaranth import Assert, Cat, Const, Module, Mux, Signal, Value
 from amaranth.lib import wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -28,10 +30,10 @@ class BankedBuffer(wiring.Component):
     combinationally on ``valid`` and ``addr`` of all ports that win over it, and not on its own ``valid``.
 
     Read data stands in the cycle that begins :data:`~nibblecore_hw.layouts.READ_LATENCY` edges after the grant: the
-    memory's own register, one per bank beside it, as block RAM of an ECP5 takes more than half a cycle of 100 MHz, and
-    one behind the bank multiplexer. A read granted at a later edge than a write sees it. A word of a ``dual`` bank must
-    not be read at the edge at which it is written: what is read then is undefined, so that no bypass has to be built
-    around block RAM. Whoever schedules the clients guarantees it; ``checks`` asserts it.
+    memory's own register, one beside it, as block RAM of an ECP5 takes more than half a cycle of 100 MHz, and one
+    behind the choice of a bank. A read granted at a later edge than a write sees it. A word of a ``dual`` bank must not
+    be read at the edge at which it is written: what is read then is undefined, so that no bypass has to be built around
+    block RAM. Whoever schedules the clients guarantees it; ``checks`` asserts it.
 
     A ``dual`` bank becomes DP16KD alone on an ECP5. A ``single`` bank becomes SB_SPRAM256KA alone on an iCE40 when
     Yosys is told to drop the initial contents that Amaranth always writes, which SPRAM cannot have: ``proc; delete
@@ -124,7 +126,7 @@ class BankedBuffer(wiring.Component):
             m.d.comb += port.ready.eq(~beaten(port, winners))
         m.d.comb += self.conflicts.eq(Cat(port.valid & ~port.ready for port in reads))
 
-        # The memory's register, `held` beside it, and the one behind the bank multiplexer.
+        # The memory's register, `taken` beside it, and the one behind the OR of all banks.
         assert READ_LATENCY == 3
         bank_words = []
         for b in range(self.banks):
@@ -145,19 +147,23 @@ class BankedBuffer(wiring.Component):
             read_en = Signal(name=f"b{b}_ren")
             build = self._single_bank if self.kind == "single" else self._dual_bank
             m.d.comb += read_en.eq(_any(wanted_r))
-            held = Signal(self.word_bits, name=f"b{b}_held", reset_less=True)
-            m.d.sync += held.eq(build(m, b, write_row, write_data, write_mask, _any(wanted_w), read_row, read_en))
-            bank_words.append(held)
+            bank_words.append(build(m, b, write_row, write_data, write_mask, _any(wanted_w), read_row, read_en))
 
-        words = Array(bank_words)
+        # Every reader has a register per bank, which the bank's word enters or which is reset: so an OR chooses, one
+        # LUT per bit for 4 banks, where a multiplexer takes three.
         for i, r in enumerate(reads):
-            bank: Value = r.addr[row_bits:]
-            for n in range(READ_LATENCY - 1):
-                later = Signal(bank_bits, name=f"bank_{i}_{n}", reset_less=True)
-                m.d.sync += later.eq(bank)
-                bank = later
+            taken = []
+            for b, bank_word in enumerate(bank_words):
+                register = Signal(self.word_bits, name=f"taken_{i}_{b}", reset_less=True)
+                m.d.sync += register.eq(bank_word)
+                if bank_bits:
+                    is_other = Signal(name=f"is_other_{i}_{b}", reset_less=True)
+                    m.d.sync += is_other.eq(r.addr[row_bits:] != b)
+                    with m.If(is_other):
+                        m.d.sync += register.eq(0)
+                taken.append(register)
             word = Signal(self.word_bits, name=f"word_{i}", reset_less=True)
-            m.d.sync += word.eq(words[bank] if bank_bits else words[0])
+            m.d.sync += word.eq(functools.reduce(operator.or_, taken))
             m.d.comb += r.data.eq(word)
         return m
 
@@ -172,10 +178,11 @@ class BankedBuffer(wiring.Component):
             # no_rw_check: the promise about words read while written, without which Yosys builds a bypass.
             memory = Memory(shape=part_bits, depth=self.depth // self.banks, init=[], attrs={"no_rw_check": 1})
             m.submodules[f"bank{b}_part{p}"] = memory
+            # Without an enable nobody waits for who asks: what is read for nobody goes nowhere.
             write, read = memory.write_port(), memory.read_port(domain="sync")
             m.d.comb += [
                 write.addr.eq(write_row), write.data.eq(write_data.word_select(p, part_bits)),
-                write.en.eq(write_mask[p]), read.addr.eq(read_row), read.en.eq(read_en),
+                write.en.eq(write_mask[p]), read.addr.eq(read_row), read.en.eq(1),
             ]  # fmt: skip
             result.append(read.data)
         if self.checks:
