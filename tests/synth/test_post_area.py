@@ -39,6 +39,6 @@ def test_a_lane_takes_two_multipliers(make_lane: Callable[[], Any], tmp_path: Pa
 def test_post_unit_of_small(tmp_path: Path) -> None:
     found = cells(PostUnit(get_arch("small")), tmp_path)
     assert found["MULT18X18D"] == 4 * get_arch("small").post_lanes
-    assert "DP16KD" not in found
-    assert found["TRELLIS_DPR16X4"] <= 104
+    assert found["DP16KD"] == 4
+    assert found["TRELLIS_DPR16X4"] <= 72
     assert found["LUT4"] + 2 * found["CCU2C"] <= 3700

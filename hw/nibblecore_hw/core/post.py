@@ -485,10 +485,15 @@ class PostUnit(wiring.Component):
         m.d.comb += room.eq(places[1:].any())  # at least 2
 
         ahead = Signal(range(self.READ_AHEAD + 1))  # bricks read or being read, and not used up
+        # Both as registers, as requests lead through the buffer's arbiter to the array. A tap needs one place, and may
+        # take one in the cycle in which `pool_room` is found out.
+        is_full = Signal()  # ahead == READ_AHEAD
+        pool_room = Signal()
+        m.d.sync += pool_room.eq(room)
         step = reads.o.payload
         allowed, fetches, passed = Signal(), Signal(), Signal()
         m.d.comb += [
-            allowed.eq(Mux(is_pool, room, ahead != self.READ_AHEAD)),
+            allowed.eq(Mux(is_pool, pool_room, ~is_full)),
             fetches.eq(Mux(is_pool, step.inside, add)),
             self.act_read.addr.eq(step.addr),
             self.act_read.valid.eq(reads.o.valid & allowed & fetches),
@@ -506,14 +511,20 @@ class PostUnit(wiring.Component):
 
         # --- the stored operand -----------------------------------------------------------------------------------
 
-        # High and low words have a memory each, as a step needs both; 4-bit codes are low words.
+        # High and low words have a memory each, as a step needs both; 4-bit codes are low words. Block RAM, as LUT RAM
+        # would take 6 LUTs per 4 bits, with a register of its own behind it.
         operand_head, operand_tail = Signal(range(self.READ_AHEAD)), Signal(range(self.READ_AHEAD))
         operand_words = []
         is_operand = passed & ~is_pool
         operand_high_arrives = arriving(is_operand & step.first.plane, "operand_high_arrives")
         operand_low_arrives = arriving(is_operand & step.last.plane, "operand_low_arrives")
         for name, arrives in (("operand_high", operand_high_arrives), ("operand_low", operand_low_arrives)):
-            memory = Memory(shape=unsigned(word_bits), depth=self.READ_AHEAD, init=[])
+            memory = Memory(
+                shape=unsigned(word_bits),
+                depth=self.READ_AHEAD,
+                init=[],
+                attrs={"ram_style": "block", "no_rw_check": 1},
+            )
             m.submodules[name] = memory
             write, read = memory.write_port(), memory.read_port()
             m.d.comb += [
@@ -522,7 +533,7 @@ class PostUnit(wiring.Component):
                 write.en.eq(arrives),
                 read.addr.eq(operand_tail),
             ]
-            operand_words.append(read.data)
+            operand_words.append(delayed(m, read.data, 1, name))
         m.d.sync += operand_head.eq(operand_head + operand_low_arrives)
 
         # --- accumulators are read --------------------------------------------------------------------------------
@@ -586,9 +597,19 @@ class PostUnit(wiring.Component):
             else 0
         )
         operand_step = delayed(m, step_in_brick, self._CODE, "operand_step") if steps > 1 else Const(0, 1)
-        # The memories' words come a cycle behind their address: it moves on with the last step before.
-        m.d.sync += operand_tail.eq(operand_tail + final[self._CODE - 1])
-        m.d.sync += ahead.eq(ahead + new_token - final[self._CODE - 1])
+        # The memories' words come two cycles behind their address: it moves on two before the last step.
+        m.d.sync += operand_tail.eq(operand_tail + final[self._CODE - 2])
+        used_up = final[self._CODE - 1]
+        m.d.sync += [
+            ahead.eq(ahead + new_token - used_up),
+            is_full.eq(
+                Mux(
+                    new_token & ~used_up,
+                    ahead == self.READ_AHEAD - 1,
+                    (ahead == self.READ_AHEAD) & (new_token | ~used_up),
+                )
+            ),
+        ]
         if partial:
             # Which group of the brick a step of this part is.
             operand_step = Cat(operand_step[: ceil_log2(steps)], part)
