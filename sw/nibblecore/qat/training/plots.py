@@ -91,12 +91,16 @@ def _figure(width: float, height: float, rows: int, columns: int, title: str) ->
     return figure, list(axes.flat)
 
 
-def _epochs(ax: "Axes", rows: Sequence[dict[str, str]]) -> None:
-    """Epochs from the start, with the phases told apart."""
+def _count(ax: "Axes", label: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_xlabel("epoch", fontsize=9)
+    ax.set_xlabel(label, fontsize=9)
+
+
+def _epochs(ax: "Axes", rows: Sequence[dict[str, str]]) -> None:
+    """Epochs from the start, with the phases told apart."""
+    _count(ax, "epoch")
     begin = 0
     for phase in dict.fromkeys(r["phase"] for r in rows):
         count = sum(r["phase"] == phase for r in rows)
@@ -145,7 +149,7 @@ def _steps(layers: Sequence[dict[str, str]]) -> "Figure | None":
     import matplotlib
 
     figure, (weights, activations) = _figure(12, 4.6, 1, 2, "steps over time, relative to calibration")
-    colors = matplotlib.colormaps["viridis"]
+    colors = matplotlib.colormaps["turbo"]
     for ax, key, title in (
         (weights, "weight_step_mean", "weights (mean over channels)"),
         (activations, "act_step", "activations"),
@@ -154,7 +158,7 @@ def _steps(layers: Sequence[dict[str, str]]) -> "Figure | None":
         for k, name in enumerate(names):
             own = [r for r in layers if r["layer"] == name and r.get(key)]
             x, y = _numbers(own, "epoch"), _numbers(own, key)
-            color = colors(k / max(1, len(names) - 1) * 0.92)
+            color = colors(0.05 + 0.9 * k / max(1, len(names) - 1))
             ax.plot(x, y / y[0], color=color, linewidth=1.3, label=f"{name} ({y[-1]:.3g})")
             if key == "weight_step_mean":
                 low, high = _numbers(own, "weight_step_min"), _numbers(own, "weight_step_max")
@@ -162,7 +166,7 @@ def _steps(layers: Sequence[dict[str, str]]) -> "Figure | None":
                     ax.fill_between(x, low / y[0], high / y[0], color=color, alpha=0.12, linewidth=0)
         ax.axhline(1, color=FIRST, linewidth=0.8, linestyle=":")
         ax.set_title(title, fontsize=9)
-        ax.set_xlabel("epoch of the quantized phase; 0 is behind calibration", fontsize=9)
+        _count(ax, "epoch of the quantized phase; 0 is behind calibration")
         ax.set_ylabel("step / first step", fontsize=9)
         if names:
             ax.legend(
@@ -204,7 +208,7 @@ def _oscillation(rows: Sequence[dict[str, str]], layers: Sequence[dict[str, str]
         figure.colorbar(image, ax=each, shrink=0.9).set_label("oscillating weights, %", fontsize=8)
     each.set_title("by layer", fontsize=9)
     for ax in (whole, each):
-        ax.set_xlabel("epoch of the quantized phase", fontsize=9)
+        _count(ax, "epoch of the quantized phase")
     whole.set_ylabel("share of weights, %", fontsize=9)
     whole.set_ylim(bottom=0)
     return figure
@@ -213,7 +217,8 @@ def _oscillation(rows: Sequence[dict[str, str]], layers: Sequence[dict[str, str]
 def _weights(path: Path) -> "Figure | None":
     """For each layer: weights over levels, first and last; and over all levels, where in the bin they are."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here, as numpy leaves files open that are broken.
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             content: dict[str, Any] = {k: file[k] for k in file}
     except Exception as error:  # numpy and zipfile raise a class of their own for each way in which a file is broken
         raise DataError(f"{path} is broken: {error}.") from error

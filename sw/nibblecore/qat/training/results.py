@@ -99,17 +99,16 @@ def code_version() -> str:
 
 
 def _cell(method: str, bits: int, seed: int, settings: tuple[str, ...], version: str) -> Cell:
-    own = [*TASK, f"seed={seed}", f"float.epochs={FLOAT_EPOCHS}"]
-    if method == "float":
-        own += ["qat.epochs=0"]
-    else:
-        own += [f"bits={bits}", f"quantization.first_last_bits={bits}"]
-        own += [] if method == "ptq" else [f"qat.epochs={QAT_EPOCHS}"]
+    own = [*TASK, f"float.epochs={FLOAT_EPOCHS}", f"qat.epochs={QAT_EPOCHS}"]
+    fixed = [f"seed={seed}"]
+    if method != "float":
+        fixed += [f"bits={bits}", f"quantization.first_last_bits={bits}"]
         if method in _EVERYWHERE:
-            own += [f"quantization.residual_bits={bits}", f"quantization.shortcut_bits={bits}"]
-    full = (*own, *settings)
+            fixed += [f"quantization.residual_bits={bits}", f"quantization.shortcut_bits={bits}"]
+    if method in ("float", "ptq"):
+        fixed += ["qat.epochs=0"]
     name = METHOD_RECIPES["lsq" if method == "float" else method][0]
-    recipe = load_recipe(name, full)
+    recipe = load_recipe(name, (*own, *settings, *fixed))
     key = hashlib.sha256(f"{version}\n{recipe.identity()}\n{method == 'float'}".encode()).hexdigest()[:24]
     return Cell(method=method, bits=bits, seed=seed, key=key, recipe=recipe.to_toml())
 
