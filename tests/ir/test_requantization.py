@@ -65,6 +65,17 @@ def test_high_mul_as_specified() -> None:
     assert np.array_equal(rq.saturating_rounding_doubling_high_mul(a, b), truncated)
 
 
+def test_high_mul_of_16_bits_as_specified() -> None:
+    rng = np.random.default_rng(9)
+    a, b = rng.integers(-(1 << 15), 1 << 15, (2, SAMPLES))
+    a[:4], b[:4] = -(1 << 15), (-(1 << 15), (1 << 15) - 1, 1, -1)
+    product = a * b
+    nudged = product + np.where(product >= 0, 1 << 14, 1 - (1 << 14))
+    truncated = np.where(nudged >= 0, nudged >> 15, -(-nudged >> 15))
+    want = np.where((a == b) & (a == -(1 << 15)), (1 << 15) - 1, truncated)
+    assert np.array_equal(rq.saturating_rounding_doubling_high_mul(a, b, 16), want)
+
+
 @pytest.mark.parametrize("exponent", range(32))
 def test_divide_by_power_of_two(exponent: int) -> None:
     values = edges(32)
@@ -163,6 +174,39 @@ def test_both_roundings_are_exact() -> None:
         first = half_up(Fraction((value << max(s, 0)) * m, 1 << 31))
         twice = half_away(Fraction(first, 1 << max(-s, 0)))
         assert (int(double[i]), int(single[i])) == (twice, once), f"seed 3, sample {i}"
+
+
+@pytest.mark.parametrize("shift", range(1, 9))
+def test_every_tie(shift: int) -> None:
+    """Multiplication by 2**-shift of every small integer: each mode has its own way with ties."""
+    x = np.arange(-(1 << 11), 1 << 11)
+    exact = [Fraction(int(v), 1 << shift) for v in x]
+    q, s = rq.tflite_multiplier(2.0**-shift)
+    assert (int(q), int(s)) == (1 << 30, 1 - shift)
+    up, even = [half_up(v) for v in exact], [half_even(v) for v in exact]
+    assert rq.multiply_single_rounding(x, q, s).tolist() == up
+    assert rq.multiply_reduced(x, q, s).tolist() == up
+    assert rq.multiply_dyadic(x, *rq.dyadic_number(2.0**-shift)).tolist() == even
+    twice = [half_away(Fraction(half_up(Fraction(int(v), 2)), 1 << shift - 1)) for v in x]
+    assert rq.multiply_double_rounding(x, q, s).tolist() == twice
+    onnx = rq.requantization("onnx")
+    assert onnx is not None
+    assert onnx.scale(x, np.float64(2.0**-shift)).tolist() == even
+    assert numerics.rounding_shift(x, shift).tolist() == up
+
+
+@pytest.mark.parametrize("x", [(1 << 31) - 1, -(1 << 31)])
+def test_ends_of_the_range(x: int) -> None:
+    for ratio in (1.0, 0.999999, 0.5, 2.0**-31, 3e-10):
+        q, s = exact_multiplier(ratio)
+        once = half_up(Fraction(x * q, 1 << 31 - s))
+        assert int(rq.multiply_single_rounding(x, q, s)) == once
+        if s <= 0:
+            twice = half_away(Fraction(half_up(Fraction(x * q, 1 << 31)), 1 << -s))
+            assert int(rq.multiply_double_rounding(x, q, s)) == twice
+        else:
+            with pytest.raises(OverflowError):
+                rq.multiply_double_rounding(x, q, s)
 
 
 def test_reduced_multiplier() -> None:

@@ -168,7 +168,7 @@ def test_batch_norm_of_vectors() -> None:
 # Quantization correction -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_norm", ["folded", "unfolded"])
+@pytest.mark.parametrize("batch_norm", ["folded", "unfolded", "folded_train"])
 def test_correction_starts_as_nothing_and_trains_alone(batch_norm: Any, compare: Any) -> None:
     model, x = ready(QConfig(batch_norm=batch_norm))
     model.eval()
@@ -194,7 +194,7 @@ def test_correction_starts_as_nothing_and_trains_alone(batch_norm: Any, compare:
     compare(model, convert(model), x)
 
 
-@pytest.mark.parametrize("batch_norm", ["folded", "unfolded"])
+@pytest.mark.parametrize("batch_norm", ["folded", "unfolded", "folded_train"])
 def test_correction_is_folded_into_records(batch_norm: Any, compare: Any) -> None:
     """Also with factors that are negative or 0, on the core too, and at no cost: weights and graph stay."""
     model, x = ready(QConfig(batch_norm=batch_norm), 3)

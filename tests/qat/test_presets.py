@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nibblecore import ir
+from nibblecore.arch.config import get_arch
+from nibblecore.compiler.pipeline import compile_graph
 from nibblecore.qat import (
     IaoOptions,
     QConfig,
@@ -29,6 +31,8 @@ from nibblecore.qat.lsq_plus import LsqPlusActivations
 from nibblecore.qat.methods import ActQuantizer
 from nibblecore.qat.tqt import TqtActivations, TqtWeights
 from nibblecore.qat.training.recipe import build_recipe
+from nibblecore.runtime.device import Device
+from nibblecore.runtime.transport import GoldenTransport
 
 EXAMPLE = torch.zeros(1, 2, 8, 8)
 
@@ -255,6 +259,24 @@ def test_nothing_above_4_bits(preset: presets.Preset) -> None:
     sums = {"head"} if preset.qconfig.output_bits == 32 else set()
     assert {name for name, t in graph.tensors.items() if t.bits != 4} == sums
     assert all(n.weight_bits == 4 for n in convolutions(graph))
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [presets.bin_regularization_hardware(), presets.fqn(), presets.tqt(), presets.lsq_plus(2, ends=4)],
+    ids=lambda p: p.name,
+)
+def test_on_the_core(preset: presets.Preset) -> None:
+    model, x = trained(preset)
+    graph = convert(model)
+    program = compile_graph(graph, get_arch("small"))
+    device = Device(GoldenTransport(program.arch))
+    device.load(program)
+    codes = ir.quantize(x[:2].numpy(), graph.tensors["x"])
+    want = ir.run(graph, {"x": codes})
+    for index, image in enumerate(codes):
+        for name, got in device.run(image).outputs.items():
+            assert np.array_equal(got, want[name][index])
 
 
 def test_fqn() -> None:
