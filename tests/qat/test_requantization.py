@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nibblecore import ir
+from nibblecore.frontend.run_onnx import OnnxLayers
 from nibblecore.ir.requantization import MODES
 from nibblecore.models.resnet8 import resnet8_digits
 from nibblecore.qat import QConfig, add_correction, calibrate, convert, prepare
@@ -64,3 +65,23 @@ def test_modes_differ_seldom_and_by_one(network: tuple[str, ir.Graph, Any], mode
         assert 0.01 < summary.alone < 0.1 if mode == "onnx" else summary.together == 0
     else:
         assert summary.alone < 1e-3
+
+
+def test_onnx_is_what_onnx_runtime_computes(network: tuple[str, ir.Graph, Any]) -> None:
+    """Its QuantizeLinear between real convolutions, layer by layer; where steps are powers of two, float32 is exact."""
+    name, graph, codes = network
+    core = ir.run(graph, {"x": codes}, keep=True)
+    found = OnnxLayers(graph, style="plain").run(core)
+    execute = ir.interpret.executors("onnx")
+    unlike_core = compared = 0
+    for node in graph.nodes:
+        if not isinstance(node, ir.interpret.REQUANTIZE) or graph.tensors[node.output].bits == 32:
+            continue
+        mine = execute[type(node)](graph, node, *(core[i] for i in node.inputs))
+        differing = np.count_nonzero(mine != found[node.output])
+        assert differing <= (0 if name == "power_of_two" else 1e-3 * mine.size), node.path
+        unlike_core += int(np.count_nonzero(core[node.output] != found[node.output]))
+        compared += mine.size
+    assert compared > 0
+    if name == "power_of_two":
+        assert unlike_core > 0.01 * compared
