@@ -32,6 +32,7 @@ from .prepare import (
     synchronize_batch_norm,
 )
 from .presets import PRESETS, Preset
+from .probe import bin_offsets, edge_shares, soft_round
 from .regularization import (
     OscillationTracker,
     bin_regularization,
@@ -69,6 +70,7 @@ __all__ = [
     "TqtOptions",
     "WeightQuantizer",
     "add_correction",
+    "bin_offsets",
     "bin_regularization",
     "bin_regularization_weight",
     "calibrate",
@@ -80,6 +82,7 @@ __all__ = [
     "disable_fake_quant",
     "disable_observer",
     "dorefa",
+    "edge_shares",
     "enable_fake_quant",
     "enable_observer",
     "export_onnx",
@@ -98,6 +101,7 @@ __all__ = [
     "presets",
     "reestimate_batch_norm",
     "save_checkpoint",
+    "soft_round",
     "synchronize_batch_norm",
     "tqt",
 ]

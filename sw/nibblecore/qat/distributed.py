@@ -17,7 +17,7 @@ the whole batch, if the loss is a mean and all processes have equal shares:
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 
@@ -65,3 +65,16 @@ def reduce_sum(value: Tensor) -> Tensor:
         result: Tensor = _Sum.apply(value)
         return result
     return value
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside wrappers of ``torch.compile``, of data-parallel training and of ``torch.optim.swa_utils``."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(
+            model, (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.optim.swa_utils.AveragedModel)
+        ):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner

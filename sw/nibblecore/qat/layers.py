@@ -260,7 +260,8 @@ class QuantLayer(QuantOp, abc.ABC):
         output = self.output_quantizer
         output_step = None if output is None or not output.fake_quant_enabled else output.value()
         quantized = input_step is not None and self.weight_quantizer.fake_quant_enabled
-        if quantized and self.norm is None and self.correction is None and self.bias_bits is None:
+        soft = self.weight_quantizer.soft_rounding is not None
+        if quantized and self.norm is None and self.correction is None and self.bias_bits is None and not soft:
             assert input_step is not None
             fast = self.weight_quantizer.chip_parameters(self.weight, self.bias, input_step, output_step)
             if fast is not None:

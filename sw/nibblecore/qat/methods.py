@@ -78,6 +78,8 @@ class WeightQuantizer(nn.Module, abc.ABC):
 
     uniform: ClassVar[bool] = True
     """Whether codes are those of ``weight / step``."""
+    magnitudes: ClassVar[tuple[str, ...]] = ()
+    """Parameters of which only the magnitude counts, see :class:`nibblecore.qat.lsq.PositiveStep`."""
 
     def __init__(
         self,
@@ -94,6 +96,8 @@ class WeightQuantizer(nn.Module, abc.ABC):
         self.power_of_two = power_of_two
         self.low, self.high = weight_range(bits, full_range)
         self.fake_quant_enabled = True
+        self.soft_rounding: float | None = None
+        """How far from its level a weight stays as it is, see :func:`nibblecore.qat.soft_round`; in steps."""
 
     @property
     def limit(self) -> int:
@@ -143,9 +147,21 @@ class WeightQuantizer(nn.Module, abc.ABC):
         """
         return None
 
+    def pending_loss(self, weight: Tensor, grad_to_step: bool) -> Tensor | None:
+        """The bin regularization loss of ``weight``, if the last forward pass has computed it on the way."""
+        return None
+
     def forward(self, weight: Tensor) -> Tensor:
         """:meth:`fake_quantize`, or the weights as they are where that is switched off."""
-        return self.fake_quantize(wide(weight)).to(weight.dtype) if self.fake_quant_enabled else weight
+        if not self.fake_quant_enabled:
+            return weight
+        result = self.fake_quantize(wide(weight))
+        if self.soft_rounding is not None:
+            scale = self.scale_like(weight)
+            limited = (wide(weight) / scale).clamp(self.low, self.high)
+            apart = (limited - self.codes(wide(weight))).abs() > self.soft_rounding
+            result = torch.where(apart, limited * scale, result)
+        return result.to(weight.dtype)
 
 
 class ActQuantizer(nn.Module, abc.ABC):
@@ -174,6 +190,8 @@ class ActQuantizer(nn.Module, abc.ABC):
 
     own_calibration: ClassVar[str] = "minmax"
     """What "method" means."""
+    magnitudes: ClassVar[tuple[str, ...]] = ()
+    """Parameters of which only the magnitude counts, see :class:`nibblecore.qat.lsq.PositiveStep`."""
     observes: ClassVar[bool] = False
     """Whether the observer is on from the start."""
 

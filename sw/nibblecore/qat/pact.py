@@ -45,6 +45,7 @@ class PactActivations(ActQuantizer):
     """Activations clipped to a learned ``alpha``, nan until calibrated; signed ones are clipped on both sides."""
 
     own_calibration = "minmax"
+    magnitudes = ("alpha",)
 
     def __init__(self, bits: int, unsigned: bool, features: int, **grid: Any) -> None:
         super().__init__(bits, unsigned, features, **grid)

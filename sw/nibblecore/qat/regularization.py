@@ -76,6 +76,9 @@ def bin_regularization(model: nn.Module, *, grad_to_step: bool = True, groups: s
     terms = []
     for _, layer in low_bit_layers(model):
         quantizer, weight = layer.weight_quantizer, layer.latent()
+        if groups == "step" and (loss := quantizer.pending_loss(weight, grad_to_step)) is not None:
+            terms.append(loss)
+            continue
         if groups == "step" and quantizer.kind == "half_even":
             steps = quantizer.scale(weight)[: len(weight) if quantizer.per_channel else 1]
             steps = (steps if grad_to_step else steps.detach()).reshape(-1, *[1] * (weight.ndim - 1))
