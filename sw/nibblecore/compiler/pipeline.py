@@ -71,7 +71,7 @@ def compile_graph(
         inputs=[_binding(graph, name, planned.places[name]) for name in graph.inputs],
         outputs=[_binding(graph, name, planned.places[name]) for name in graph.outputs],
         tensors=[_binding(graph, name, planned.places[name]) for name in tensors],
-        layers=[_layer_info(lowered, node) for node in lowered.nodes],  # type: ignore[arg-type]
+        layers=[_layer_info(lowered, node) for node in lowered.nodes],  # type: ignore[arg-type] # a lowered graph has no others
         debug=debug,
     )
     check(program)

@@ -282,7 +282,8 @@ def random_layer(rng: Rng, arch: ArchConfig, *, large: bool = False) -> Graph:
     stride = (int(rng.choice([1, 1, 1, 2, 3])), int(rng.choice([1, 1, 1, 2, 3])))
     dilation = (int(rng.choice([1, 1, 1, 2])), int(rng.choice([1, 1, 1, 2])))
     spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
-    padding = tuple(int(rng.integers(0, s)) for s in spans * 2)
+    top, left, bottom, right = (int(rng.integers(0, s)) for s in spans * 2)
+    padding = (top, left, bottom, right)
     bits = int(rng.choice(_BITS))
     if large and rng.random() < 0.4:  # weights
         inputs, outputs = near(arch.lanes, 6), near(arch.columns, 3)
@@ -301,9 +302,14 @@ def random_layer(rng: Rng, arch: ArchConfig, *, large: bool = False) -> Graph:
     cols = max(cols, spans[1] - padding[1] - padding[3])
     builder = GraphBuilder(rng, (inputs, rows, cols), bits=bits)
     result = builder.conv(
-        builder.input, outputs, kernel=kernel, stride=stride, dilation=dilation, padding=padding,  # type: ignore[arg-type]
+        builder.input,
+        outputs,
+        kernel=kernel,
+        stride=stride,
+        dilation=dilation,
+        padding=padding,
         bits=int(rng.choice([4, 4, 8, 32])),
-    )  # fmt: skip
+    )
     return builder.finish(result, name="layer")
 
 

@@ -1,6 +1,7 @@
 """Turn a linear layer behind Flatten into a convolution whose kernel is the whole map."""
 
 import dataclasses
+from typing import Any
 
 from ...ir.graph import Conv, Flatten, Graph, Node
 
@@ -21,11 +22,11 @@ def merge_flatten(graph: Graph) -> Graph:
             continue
         inputs = tuple(source.get(name, name) for name in node.inputs)
         if inputs != node.inputs:
-            changes: dict[str, object] = {"inputs": inputs}
+            changes: dict[str, Any] = {"inputs": inputs}
             channels, height, width = tensors[inputs[0]].shape
             if isinstance(node, Conv) and (height, width) != (1, 1):
                 changes["weight"] = node.weight.reshape(-1, channels, height, width)
                 changes["stride"] = (1, 1)
-            node = dataclasses.replace(node, **changes)  # type: ignore[arg-type]
+            node = dataclasses.replace(node, **changes)
         nodes.append(node)
     return graph.replace(nodes=tuple(nodes), tensors=tensors)
