@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import time
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -54,6 +54,9 @@ TASK: Final = (
     f"data.noise={digits.NOISE}",
     "data.calibration_augment=true",
     "model.factory=nibblecore.models.resnet8:resnet8_digits_narrow",
+    # Ends of few bits have large steps, which learn as fast as weights, as in the papers.
+    "qat.step_lr=0.01",
+    "stops.sign=false",
 )
 FLOAT_EPOCHS: Final = 40
 QAT_EPOCHS: Final = 20
@@ -136,7 +139,7 @@ def run_table(
     cache : Path
         JSON lines. Float networks lie beside it.
     jobs : int
-        Processes, each of one thread.
+        Processes, each of one thread; with 1, everything happens in this one.
     settings : tuple of str
         Changes of every recipe, see :func:`load_recipe`.
     tick : callable, optional
@@ -156,32 +159,42 @@ def run_table(
     total, report = len(floats) + len(cells), tick or (lambda *_: None)
     cache.parent.mkdir(parents=True, exist_ok=True)
     folder = cache.parent.resolve()
+    by_seed = {c.seed: c.key for c in floats}
+    for group in (floats, cells):
+        todo = []
+        for cell in group:
+            missing = cell.method == "float" and not _float_file(folder, cell.key).exists()
+            if cell.key not in done or missing:
+                todo.append(cell)
+        finished = (len(floats) if group is cells else 0) + len(group) - len(todo)
+        report(finished, total, "trainings")
+        for cell, record in _train_all(todo, folder, by_seed, jobs):
+            done[record["key"]] = record
+            _append(cache, record)
+            finished += 1
+            report(finished, total, f"{cell.method}, {cell.bits or 32} bits, seed {cell.seed}")
+    return [done[cell.key] for cell in (*floats, *cells)]
+
+
+def _train_all(
+    cells: Sequence[Cell], folder: Path, floats: Mapping[int, str], jobs: int
+) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """Each cell with its record, as they finish."""
+    if jobs == 1 or len(cells) < 2:
+        for cell in cells:
+            yield cell, train_cell(cell, folder, floats[cell.seed])
+        return
     # Two processes with all cores each would only wait for one another.
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        for group in (floats, cells):
-            todo = []
-            for cell in group:
-                missing = cell.method == "float" and not _float_file(folder, cell.key).exists()
-                if cell.key not in done or missing:
-                    todo.append(cell)
-            finished = total - len(todo) - (len(cells) if group is floats else 0)
-            by_seed = {c.seed: c.key for c in floats}
-            futures = {pool.submit(train_cell, cell, folder, by_seed[cell.seed]): cell for cell in todo}
-            report(finished, total, "trainings")
-            try:
-                for future in concurrent.futures.as_completed(futures):
-                    record = future.result()
-                    done[record["key"]] = record
-                    _append(cache, record)
-                    finished += 1
-                    cell = futures[future]
-                    report(finished, total, f"{cell.method}, {cell.bits or 32} bits, seed {cell.seed}")
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    return [done[cell.key] for cell in (*floats, *cells)]
+        futures = {pool.submit(train_cell, cell, folder, floats[cell.seed]): cell for cell in cells}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _float_file(folder: Path, key: str) -> Path:
@@ -219,7 +232,8 @@ def train_cell(cell: Cell, folder: Path, float_key: str) -> dict[str, Any]:
 
 def _steps(recipe: Recipe) -> int:
     epochs = recipe.float_phase.epochs + recipe.qat.epochs + recipe.correction.epochs
-    return epochs * (len(digits.load().train_labels) // recipe.data.batch)
+    images = len(digits.load().train_labels)
+    return epochs * (min(images, recipe.data.limit or images) // recipe.data.batch)
 
 
 def _integer_accuracy(model: Any) -> float:

@@ -238,7 +238,7 @@ def _text(table: Table, verdicts: Mapping[str, Sequence[str]]) -> list[str]:
             "it was published (VGG-small on CIFAR-10, 94.26, 93.89, 93.42 at 4, 3, 2 bits in the repository "
             "hustzxd/LSQuantization)."
         )
-    return [*lines, ""]
+    return ["\n".join(f"- {line}" for line in lines), ""]
 
 
 def _conditions(table: Table) -> str:
@@ -255,8 +255,8 @@ def _conditions(table: Table) -> str:
   operands of sums have 8 but in FQN and the hardware-friendly setting, where they have the same. The published numbers
   have ends of 8 bits.
 - Training: {FLOAT_EPOCHS} epochs float, then {QAT_EPOCHS} quantized from the same float network, SGD, a cosine from
-  0.01, the last epoch's model. Hyper-parameters are those of the recipes (`nibblecore recipes`), the same for all
-  widths; test images choose nothing.
+  0.01 for weights and steps, the last epoch's model. Everything else is what the recipes say (`nibblecore recipes`),
+  the same for all widths; test images choose nothing.
 - LSQ and what builds on it have a step per layer and unfolded batch norm, as in the papers; TQT, IAO and FQN fold it,
   as in theirs.
 - Cost: {len(table.cells)} trainings, {steps:,} steps of 64 images, {seconds / 60:.0f} CPU minutes, one thread each.
