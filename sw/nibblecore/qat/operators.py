@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from ..arch import numerics
 from ..frontend.from_torch import (
-    FUNCTIONS,
     FloatAdd,
     FloatAvgPool,
     FloatConcat,
@@ -87,11 +86,7 @@ class QuantLookup(QuantOp):
     def __init__(self, op: FloatLookup, output: ActQuantizer) -> None:
         super().__init__(output)
         self.function, self.arguments = op.function, op.arguments
-
-    def evaluate(self, x: Tensor) -> Tensor:
-        """The function in real numbers."""
-        result: Tensor = FUNCTIONS[self.function].evaluate(x, **self.arguments)
-        return result
+        self.evaluate = op.evaluate  # the function in real numbers
 
     def values(self, step: Tensor | float, like: Tensor) -> Tensor:
         """The function of codes -255..255 times ``step``, computed in float64, in the type and place of ``like``."""
