@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nibblecore.errors import ToolchainError
-from nibblecore.qat import QConfig, bin_regularization, calibrate, kernels, prepare
+from nibblecore.qat import QConfig, QuantModel, bin_regularization, calibrate, kernels, prepare
 from nibblecore.qat.layers import QuantLayer
 from nibblecore.qat.lsq import Lsq, LsqActivations, LsqWeights
 
@@ -136,6 +136,66 @@ def test_bin_regularization(bits: int, granularity: Literal["channel", "tensor"]
     assert sum(grad is not None for grad in grads) == 1 + grad_to_step
     for grad, slow in zip(grads, slow_grads, strict=True):
         torch.testing.assert_close(grad, slow, rtol=1e-4, atol=1e-7)
+
+
+def _network() -> tuple[QuantModel, QuantLayer, Tensor]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 50, 3), nn.ReLU(), nn.Conv2d(50, 2, 3))
+    model, x = prepare(net, QConfig(), torch.zeros(1, 1, 8, 8)), torch.rand(8, 1, 8, 8)
+    calibrate(model, [x])
+    layer = model.get_submodule("2")
+    assert isinstance(layer, QuantLayer)
+    return model, layer, x
+
+
+@pytest.mark.parametrize("grad_to_step", [True, False])
+def test_bin_regularization_on_the_way(grad_to_step: bool) -> None:
+    # From the second step on, the forward pass of the layers computes loss and gradients.
+    model, layer, x = _network()
+    found = []
+    for step in range(4):
+        on_the_way = step in (1, 2)
+        if step == 3:  # the same step once more, in kernels of their own: as if the weights had changed in between
+            layer.weight_quantizer._binned = None  # type: ignore[assignment]
+        model.zero_grad()
+        task = model(x).square().mean()
+        regularization = bin_regularization(model, grad_to_step=grad_to_step)
+        assert ("LsqParameters" in str(regularization.grad_fn.next_functions[0][0].next_functions)) == on_the_way  # type: ignore[union-attr]
+        (task + 0.5 * regularization).backward()
+        found.append((regularization.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    assert all(torch.equal(found[0][0], loss) for loss, _ in found)
+    for _, grads in found[1:]:
+        for grad, first in zip(grads, found[0][1], strict=True):
+            torch.testing.assert_close(grad, first, rtol=1e-5, atol=1e-7)
+
+
+def test_a_loss_belongs_to_its_weights() -> None:
+    model, layer, x = _network()
+    quantizer = layer.weight_quantizer
+    bin_regularization(model)
+    assert quantizer.pending_loss(layer.weight, True) is None
+    model(x)
+    assert quantizer.pending_loss(layer.weight, False) is None  # it moves steps
+    model(x)
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    assert quantizer.pending_loss(layer.weight, False) is None  # these were others
+    model(x)
+    assert quantizer.pending_loss(layer.weight, False) is not None
+    assert quantizer.pending_loss(layer.weight, False) is None  # once
+    model(x)
+    double = copy.deepcopy(model)
+    assert quantizer.pending_loss(layer.weight, False) is not None
+    other = double.get_submodule("2")
+    assert isinstance(other, QuantLayer)
+    assert other.weight_quantizer.pending_loss(other.weight, False) is None
+    model(x)
+    with torch.no_grad():
+        model(x)  # an evaluation in between changes nothing
+    model(x)
+    assert quantizer.pending_loss(layer.weight, False) is None  # that of the pass before was not asked for
+    model(x)
+    assert quantizer.pending_loss(layer.weight, False) is not None
 
 
 def test_what_does_not_qualify() -> None:

@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
+#include <iterator>
 #include <thread>
 #include <vector>
 
@@ -108,6 +108,24 @@ void forward(const float* v, const float* step, const float* gain, float* out, B
     });
 }
 
+constexpr int64_t LEVELS = 16;  // bins of 4 bits
+
+// What bin regularization adds to the gradients: nothing where population is null.
+struct Bins {
+    const float* population;  // rows x LEVELS
+    float grad;
+    bool to_step;
+
+    // Factors of value - level by bin.
+    void weights(int64_t row, float (&weight)[LEVELS]) const {
+        for (int64_t level = 0; level < LEVELS; ++level) {
+            const float count = population[row * LEVELS + level];
+            weight[level] = count > 0 ? 2.0f * grad / count : 0.0f;
+        }
+    }
+};
+
+// Sets the gradient of one value and returns its part of the step's.
 template <Kind KIND>
 inline float backward_of(float x, float s, float gradient, Range r, float& grad_v) {
     const float u = x / s, code = quantize<KIND>(u, r);
@@ -116,10 +134,18 @@ inline float backward_of(float x, float s, float gradient, Range r, float& grad_
     return gradient * (outside ? code : code - u);
 }
 
-template <Kind KIND>
+// Adds that of bin regularization.
+inline float binned_of(float x, float s, Range r, const float (&weight)[LEVELS], float& grad_v) {
+    const float code = quantize<HALF_EVEN>(x / s, r);
+    const float pull = (x - code * s) * weight[static_cast<int32_t>(code - r.low) & (LEVELS - 1)];
+    grad_v += pull;
+    return pull * code;
+}
+
+template <Kind KIND, bool BINNED>
 void backward(const float* v, const float* step, const float* gain, const float* grad, float* grad_v, float* grad_step,
-              float grad_scale, Blocks blocks, Range r, int64_t threads) {
-    std::vector<double> sums(blocks.rows * blocks.per_row);
+              float grad_scale, Blocks blocks, Range r, Bins bins, int64_t threads) {
+    std::vector<double> sums(2 * blocks.rows * blocks.per_row);
     double* const sum = sums.data();
     spread(blocks.count, blocks.rows * blocks.columns, threads, [=](int64_t first, int64_t last) {
         blocks.pieces(first, last, [=](int64_t row, int64_t start, int64_t end) {
@@ -127,23 +153,35 @@ void backward(const float* v, const float* step, const float* gain, const float*
             const float* const x = v + row * blocks.columns;
             const float* const g = grad + row * blocks.columns;
             float* const gv = grad_v + row * blocks.columns;
-            float lanes[LANES] = {};
+            float weight[LEVELS];
+            if (BINNED) bins.weights(row, weight);
+            float lanes[LANES] = {}, binned[LANES] = {};
             int64_t i = start;
-            for (; i + LANES <= end; i += LANES)
+            for (; i + LANES <= end; i += LANES) {
                 for (int64_t j = 0; j < LANES; ++j)
                     lanes[j] += backward_of<KIND>(x[i + j], s, g[i + j] * factor, r, gv[i + j]);
-            for (int64_t j = 0; i < end; ++i, ++j) lanes[j] += backward_of<KIND>(x[i], s, g[i] * factor, r, gv[i]);
-            sum[row * blocks.per_row + start / BLOCK] = add_up(lanes);
+                if (BINNED)
+                    for (int64_t j = 0; j < LANES; ++j) binned[j] -= binned_of(x[i + j], s, r, weight, gv[i + j]);
+            }
+            for (int64_t j = 0; i < end; ++i, ++j) {
+                lanes[j] += backward_of<KIND>(x[i], s, g[i] * factor, r, gv[i]);
+                if (BINNED) binned[j] -= binned_of(x[i], s, r, weight, gv[i]);
+            }
+            double* const pair = sum + 2 * (row * blocks.per_row + start / BLOCK);
+            pair[0] = add_up(lanes);
+            pair[1] = add_up(binned);
         });
     });
     for (int64_t row = 0; row < blocks.rows; ++row) {
-        double total = 0;
-        for (int64_t b = 0; b < blocks.per_row; ++b) total += sum[row * blocks.per_row + b];
+        double total = 0, binned = 0;
+        for (int64_t b = 0; b < blocks.per_row; ++b) {
+            total += sum[2 * (row * blocks.per_row + b)];
+            binned += sum[2 * (row * blocks.per_row + b) + 1];
+        }
         grad_step[row] = static_cast<float>(total) * grad_scale;
+        if (BINNED && bins.to_step) grad_step[row] += static_cast<float>(binned);
     }
 }
-
-constexpr int64_t LEVELS = 16;  // bins of 4 bits
 
 }  // namespace
 
@@ -158,14 +196,20 @@ void nibble_lsq_forward(const float* v, const float* step, const float* gain, fl
     run(v, step, gain, out, blocks, r, threads);
 }
 
-// The gradients of that, of grad; grad_step is also multiplied by grad_scale.
+// The gradients of that, of grad; grad_step is also multiplied by grad_scale. Where population is not null, of bins_grad
+// times the bin regularization loss besides: of 4 bits and fewer, rounded half to even.
 void nibble_lsq_backward(const float* v, const float* step, const float* gain, const float* grad, float* grad_v,
-                         float* grad_step, float grad_scale, int64_t rows, int64_t columns, int64_t low, int64_t high,
-                         int64_t kind, int64_t threads) {
+                         float* grad_step, float grad_scale, const float* population, float bins_grad,
+                         int64_t bins_to_step, int64_t rows, int64_t columns, int64_t low, int64_t high, int64_t kind,
+                         int64_t threads) {
     const Blocks blocks(rows, columns);
     const Range r{static_cast<float>(low), static_cast<float>(high)};
-    const auto run = kind == HALF_UP ? backward<HALF_UP> : kind == HALF_EVEN ? backward<HALF_EVEN> : backward<W8>;
-    run(v, step, gain, grad, grad_v, grad_step, grad_scale, blocks, r, threads);
+    const auto run = population          ? backward<HALF_EVEN, true>
+                     : kind == HALF_UP   ? backward<HALF_UP, false>
+                     : kind == HALF_EVEN ? backward<HALF_EVEN, false>
+                                         : backward<W8, false>;
+    run(v, step, gain, grad, grad_v, grad_step, grad_scale, blocks, r, Bins{population, bins_grad, bins_to_step != 0},
+        threads);
 }
 
 // What one layer's chip parameters are in real numbers, see QuantLayer._parameters_for: steps of the weights from the
@@ -207,28 +251,42 @@ double nibble_bins_forward(const float* v, const float* step, float* population,
         for (int64_t row = first; row < last; ++row) {
             const float* const x = v + row * columns;
             const float s = step[row];
-            int32_t counts[LEVELS] = {};
-            double squares[LEVELS] = {};
-            constexpr int64_t CHUNK = 128;  // so that 8 bits count them
-            uint8_t bins[CHUNK];
+            // Four of each in turns, as a bin is often that of the value before.
+            int32_t counts[4][LEVELS] = {};
+            float squares[4][LEVELS] = {};
+            constexpr int64_t CHUNK = 512;
+            int32_t bins[CHUNK];
             float square[CHUNK];
+            double totals[LEVELS] = {};
             for (int64_t start = 0; start < columns; start += CHUNK) {
                 const int64_t size = std::min(CHUNK, columns - start);
                 for (int64_t i = 0; i < size; ++i) {
                     const float code = quantize<HALF_EVEN>(x[start + i] / s, r);
                     const float difference = x[start + i] - code * s;
                     square[i] = difference * difference;
-                    bins[i] = static_cast<uint8_t>(static_cast<int32_t>(code - r.low));
+                    bins[i] = static_cast<int32_t>(code - r.low) & (LEVELS - 1);
                 }
-                for (int64_t i = 0; i < size; ++i) {
-                    counts[bins[i] & (LEVELS - 1)] += 1;
-                    squares[bins[i] & (LEVELS - 1)] += square[i];
+                int64_t i = 0;
+                for (; i + 4 <= size; i += 4) {
+                    for (int64_t j = 0; j < 4; ++j) {
+                        counts[j][bins[i + j]] += 1;
+                        squares[j][bins[i + j]] += square[i + j];
+                    }
+                }
+                for (; i < size; ++i) {
+                    counts[0][bins[i]] += 1;
+                    squares[0][bins[i]] += square[i];
+                }
+                for (auto& part : squares) {
+                    for (int64_t level = 0; level < LEVELS; ++level) totals[level] += part[level];
+                    std::fill(std::begin(part), std::end(part), 0.0f);
                 }
             }
             double sum = 0;
             for (int64_t level = 0; level < LEVELS; ++level) {
-                population[row * LEVELS + level] = static_cast<float>(counts[level]);
-                if (counts[level]) sum += squares[level] / counts[level];
+                const int32_t count = counts[0][level] + counts[1][level] + counts[2][level] + counts[3][level];
+                population[row * LEVELS + level] = static_cast<float>(count);
+                if (count) sum += totals[level] / count;
             }
             loss[row] = sum;
         }
@@ -248,10 +306,7 @@ void nibble_bins_backward(const float* v, const float* step, const float* popula
             float* const gv = grad_v + row * columns;
             const float s = step[row];
             float weight[LEVELS];
-            for (int64_t level = 0; level < LEVELS; ++level) {
-                const float count = population[row * LEVELS + level];
-                weight[level] = count > 0 ? 2.0f * grad / count : 0.0f;
-            }
+            Bins{population, grad, true}.weights(row, weight);
             float lanes[LANES] = {};
             int64_t i = 0;
             const auto one = [&](int64_t k, float& lane) {

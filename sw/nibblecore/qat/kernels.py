@@ -83,7 +83,7 @@ def library() -> Any:
     pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     loaded.nibble_lsq_forward.argtypes = [*[pointer] * 4, *[integer] * 6]
     loaded.nibble_lsq_forward.restype = None
-    loaded.nibble_lsq_backward.argtypes = [*[pointer] * 6, real, *[integer] * 6]
+    loaded.nibble_lsq_backward.argtypes = [*[pointer] * 6, real, pointer, real, *[integer] * 7]
     loaded.nibble_lsq_backward.restype = None
     double = ctypes.c_double
     loaded.nibble_parameters.argtypes = [
@@ -154,14 +154,19 @@ def lsq_backward(
     kind: str,
     grad_scale: float,
     gain: Tensor | None = None,
+    bins: tuple[Tensor, float, bool] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of that with respect to ``v`` and, times ``grad_scale``, to ``step``."""
+    """The gradients of that with respect to ``v`` and, times ``grad_scale``, to ``step``.
+
+    ``bins`` (population, gradient, whether it reaches the step) adds those of :func:`bins_forward`, in the same pass.
+    """
     grad = grad.contiguous()
     grad_v, grad_step = torch.empty_like(v), torch.empty_like(step)
     rows, columns = _rows(v, step)
     library().nibble_lsq_backward(
         *(v.data_ptr(), step.data_ptr(), None if gain is None else gain.data_ptr(), grad.data_ptr()),
         *(grad_v.data_ptr(), grad_step.data_ptr(), grad_scale),
+        *((None, 0.0, 0) if bins is None else (bins[0].data_ptr(), bins[1], int(bins[2]))),
         *(rows, columns, low, high, KINDS[kind], torch.get_num_threads()),
     )
     return grad_v, grad_step

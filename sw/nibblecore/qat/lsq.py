@@ -131,7 +131,9 @@ class LsqParameters(torch.autograd.Function):
     """:class:`Lsq` of a layer's weights from stored steps, times the factors of its rounded multipliers, and its bias.
 
     What ``QuantLayer._parameters_for`` computes, in two kernels. ``input_step`` and ``output_step`` (0 for none) are
-    numbers; no gradient goes to them, and that of the bias passes straight through.
+    numbers; no gradient goes to them, and that of the bias passes straight through. The third result is the bin
+    regularization loss of the weights, unless ``binned`` is None; it says whether that moves steps too. Another
+    gradient of the same weights would be another tensor to write and to add; here it is a few operations.
     """
 
     @staticmethod
@@ -146,21 +148,28 @@ class LsqParameters(torch.autograd.Function):
         high: int,
         grad_scale: float,
         kind: str,
-    ) -> tuple[Tensor, Tensor | None]:
+        binned: bool | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         step, gain, rounded = kernels.parameters(raw, bias, input_step, output_step, STEP_MIN, len(weight))
-        ctx.save_for_backward(weight, raw, step, gain)
-        ctx.options = low, high, kind, grad_scale
-        return kernels.lsq_forward(weight, step, low, high, kind, gain), rounded
+        loss = population = None
+        if binned is not None:
+            loss, population = kernels.bins_forward(weight, step, low, high)
+        ctx.save_for_backward(weight, raw, step, gain, population)
+        ctx.options = low, high, kind, grad_scale, binned
+        return kernels.lsq_forward(weight, step, low, high, kind, gain), rounded, loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_bias: Tensor | None) -> tuple[Tensor | None, ...]:
-        weight, raw, step, gain = ctx.saved_tensors
-        low, high, kind, grad_scale = ctx.options
-        grad_weight, grad_step = kernels.lsq_backward(grad, weight, step, low, high, kind, grad_scale, gain)
+    def backward(
+        ctx: Any, grad: Tensor, grad_bias: Tensor | None, grad_loss: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        weight, raw, step, gain, population = ctx.saved_tensors
+        low, high, kind, grad_scale, binned = ctx.options
+        bins = None if binned is None or grad_loss is None else (population, float(grad_loss), binned)
+        grad_weight, grad_step = kernels.lsq_backward(grad, weight, step, low, high, kind, grad_scale, gain, bins)
         if len(raw) == 1:
             grad_step = grad_step.sum(0, keepdim=True)
-        return grad_weight, torch.where(raw < 0, -grad_step, grad_step), grad_bias, *[None] * 6
+        return grad_weight, torch.where(raw < 0, -grad_step, grad_step), grad_bias, *[None] * 7
 
 
 def where_inside(values: Tensor, u: Tensor, low: int, high: int) -> Tensor:
@@ -242,6 +251,8 @@ class LsqWeights(WeightQuantizer):
     ``grad_scale`` is ``1 / sqrt(N * p)``, see :class:`LsqOptions`.
     """
 
+    magnitudes = ("step",)
+
     def __init__(self, weight: Tensor, bits: int, *, options: LsqOptions | None = None, **grid: Any) -> None:
         super().__init__(weight, bits, **grid)
         options = options or LsqOptions()
@@ -293,12 +304,38 @@ class LsqWeights(WeightQuantizer):
         # The classes that derive from this one have other steps.
         if type(self) is not LsqWeights or self.power_of_two or not kernels.eager(*tensors) or not kernels.library():
             return None
-        step = 0.0 if output_step is None else float(output_step)
+        number = 0.0 if output_step is None else float(output_step)
         options = self.low, self.high, self.grad_scale, self.kind
-        result: tuple[Tensor, Tensor | None] = LsqParameters.apply(
-            weight, self.step, bias, float(input_step), step, *options
+        result, rounded, loss = LsqParameters.apply(
+            weight, self.step, bias, float(input_step), number, *options, self._wanted(weight)
         )
-        return result
+        if loss is not None:
+            self._loss = loss, weight, weight._version, self.step._version
+        return result, rounded
+
+    # Bin regularization is cheap where weights pass by anyway. So the first request makes the next forward pass compute
+    # the loss too, and it goes on until one is not asked for. A loss belongs to the values that weights had.
+    _binned: bool | None = None
+    _loss: tuple[Tensor, Tensor, int, int] | None = None
+
+    def _wanted(self, weight: Tensor) -> bool | None:
+        if self._binned is None or not torch.is_grad_enabled() or len(self.step) != len(weight):
+            return None
+        if self._loss is not None:
+            self._loss = self._binned = None
+        return self._binned
+
+    def pending_loss(self, weight: Tensor, grad_to_step: bool) -> Tensor | None:
+        """The bin regularization loss of the last forward pass, once; None if it has not computed this one."""
+        pending, self._loss = self._loss, None
+        asked, self._binned = self._binned, grad_to_step
+        if pending is None or asked is not grad_to_step or not torch.is_grad_enabled():
+            return None
+        loss, of, *versions = pending
+        return loss if of is weight and versions == [weight._version, self.step._version] else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_loss": None}  # the loss of a copy is not that of its weights
 
 
 class LsqActivations(ActQuantizer):
@@ -308,6 +345,7 @@ class LsqActivations(ActQuantizer):
     """
 
     own_calibration = "mean_magnitude"
+    magnitudes = ("step",)
 
     def __init__(
         self, bits: int, unsigned: bool, features: int, *, options: LsqOptions | None = None, **grid: Any
