@@ -6,6 +6,7 @@ import pytest
 
 from nibblecore.errors import RecipeError
 from nibblecore.qat import METHODS, IaoOptions, Override
+from nibblecore.qat.presets import PRESETS
 from nibblecore.qat.training import builtin_recipes, load_recipe
 from nibblecore.qat.training.recipe import FOLDER, describe_keys, dump_toml
 
@@ -65,6 +66,37 @@ def test_options_of_another_method_stay_behind(tmp_path: Path) -> None:
     assert load_recipe(path).quantization.options == ()
 
 
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets_are_recipes(name: str, tmp_path: Path) -> None:
+    preset = PRESETS[name]()
+    path = write(tmp_path / "r.toml", f'base = "digits-lsq"\n[preset]\nname = "{name}"\n')
+    recipe = load_recipe(path)
+    assert (recipe.data.name, recipe.data.shift) == ("digits", 1)
+    assert recipe.quantization == preset.qconfig
+    for table, values in preset.training.items():
+        for key, value in values.items():
+            assert getattr(getattr(recipe, table), key) == value, f"{table}.{key}"
+    path.write_text(path.read_text() + "[qat]\nepochs = 7\n")
+    assert load_recipe(path).qat.epochs == 7
+
+
+def test_wrong_presets(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.toml", MINIMAL + '[preset]\nname = "fqm"\n')
+    with pytest.raises(RecipeError, match=rf"^{path}: there is no preset 'fqm'\. Did you mean 'fqn'\?\nPresets: bin_"):
+        load_recipe(path)
+    path.write_text(MINIMAL + '[preset]\nname = "fqn"\nbits = 5\n')
+    with pytest.raises(RecipeError, match=rf"^{path}: preset 'fqn': bits must be 2, 3, 4 or 8, not 5\.$"):
+        load_recipe(path)
+    path.write_text(MINIMAL + '[preset]\nname = "fqn"\nbit = 4\n')
+    with pytest.raises(
+        RecipeError, match=rf"^{path}: preset 'fqn': fqn\(\) got an unexpected keyword argument 'bit'\.$"
+    ):
+        load_recipe(path)
+    path.write_text('preset = "fqn"\n' + MINIMAL)
+    with pytest.raises(RecipeError, match=rf"^{path}: preset must be a table with a name, as in preset = \{{ name = "):
+        load_recipe(path)
+
+
 def test_settings() -> None:
     recipe = load_recipe("digits", ("bits=3", "epochs=2", "lr=0.1", "run.seed=7", "method=pact", "data.flip=true"))
     assert (recipe.quantization.weight_bits, recipe.quantization.act_bits) == (3, 3)
@@ -80,7 +112,7 @@ def test_settings() -> None:
             "qat.epoch=3",
             r"there is no key 'qat\.epoch'\. Did you mean 'epochs'\?\nKeys of \[qat\]: epochs, optimizer, .*$",
         ),
-        ("qats.epochs=3", r"there is no table 'qats'\. Did you mean 'qat'\?\nTables: summary, base, quantization, .*$"),
+        ("qats.epochs=3", r"there is no table 'qats'\. Did you mean 'qat'\?\nTables: summary, quantization, .*$"),
         ("qat.epochs=2.5", r"qat\.epochs must be an integer, not 2\.5\.$"),
         ("qat.epochs=-1", r"qat\.epochs must be at least 0, not -1\.$"),
         ("qat.lr=nan", r"qat\.lr must be finite, not nan\.$"),
@@ -100,6 +132,7 @@ def test_settings() -> None:
             r"freezing\.first and freezing\.last must both be above 0, or both 0 for no freezing\.$",
         ),
         ("qat.clipping_penalty=1", r"qat\.clipping_penalty goes with the method 'pact', not 'lsq'\.$"),
+        ("threshold_freezing.every=2", r"threshold_freezing\.every goes with the method 'tqt', not 'lsq'\.$"),
         ("batch_norm.reestimate_batches=2", r"batch_norm\.reestimate_batches needs quantization\.batch_norm = .*$"),
     ],
 )

@@ -212,6 +212,23 @@ def test_a_resumed_run_ends_with_the_same_bits(recipe: Path, tmp_path: Path, ste
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
+def test_thresholds_that_freeze_resume(recipe: Path, tmp_path: Path) -> None:
+    tqt = ("method=tqt", "bin_regularization.weight=0", "threshold_freezing.every=2", "ema.decay=0", "qat.step_lr=0.1")
+    whole = train(recipe, tmp_path / "whole", *tqt)
+    assert not same(train(recipe, None, *tqt, "threshold_freezing.every=0").model, whole.model)
+    left = 19
+
+    def tick(*_: Any) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(recipe, tmp_path / "run", *tqt, tick=tick)
+    assert same(resume(tmp_path / "run").model, whole.model)
+
+
 def test_a_killed_process_resumes(recipe: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle of an epoch of the quantized phase."""
     whole = train(recipe, tmp_path / "whole")

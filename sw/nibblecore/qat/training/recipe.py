@@ -1,7 +1,9 @@
 """Recipes: what to train, as small TOML files.
 
 A recipe names what it starts from (``base``) and says only what is different. Tables are the dataclasses of this
-module, keys their fields; ``nibblecore recipes --keys`` lists them all.
+module, keys their fields; ``nibblecore recipes --keys`` lists them all. A table ``preset`` names a system of
+:mod:`nibblecore.qat.presets` and the arguments of its factory; it comes on top of the base, and the file's other tables
+on top of it.
 """
 
 import dataclasses
@@ -17,6 +19,7 @@ from typing import Any, Final, get_type_hints
 from ...errors import RecipeError
 from ..config import Override, QConfig
 from ..methods import METHODS
+from ..presets import PRESETS
 
 FOLDER: Final = Path(__file__).parents[1] / "recipes"
 """The recipes that come with the package."""
@@ -135,6 +138,15 @@ class FreezingSection:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ThresholdFreezingSection:
+    """Freezing of TQT's thresholds, one after another (Jain et al., MLSys 2020)."""
+
+    every: int = _key(0, "steps between two thresholds; 0 for no freezing", low=0)
+    start: float = _key(0.25, "share of the steps before it begins", low=0, below=1)
+    momentum: float = _key(0.05, "of the moving averages of gradients and sides", above=0, high=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OscillationSection:
     """Counting of oscillating weights."""
 
@@ -193,6 +205,7 @@ _SECTIONS: Final[dict[str, type]] = {
     "bin_regularization": BinRegularizationSection,
     "dampening": DampeningSection,
     "freezing": FreezingSection,
+    "threshold_freezing": ThresholdFreezingSection,
     "oscillation": OscillationSection,
     "ema": EmaSection,
     "batch_norm": BatchNormSection,
@@ -201,6 +214,7 @@ _SECTIONS: Final[dict[str, type]] = {
     "run": RunSection,
 }
 _QUANTIZATION: Final = "quantization"
+_PRESET: Final = "preset"
 _SHORT: Final = {
     "seed": ("run.seed",),
     "epochs": ("qat.epochs",),
@@ -224,8 +238,6 @@ class Recipe:
     quantization : QConfig
     others
         One for each table of the file.
-    content : dict
-        The tables as they were written, bases included and defaults left out.
     """
 
     name: str
@@ -238,13 +250,13 @@ class Recipe:
     bin_regularization: BinRegularizationSection
     dampening: DampeningSection
     freezing: FreezingSection
+    threshold_freezing: ThresholdFreezingSection
     oscillation: OscillationSection
     ema: EmaSection
     batch_norm: BatchNormSection
     correction: CorrectionSection
     stops: StopsSection
     run: RunSection
-    content: dict[str, Any]
 
     def to_toml(self) -> str:
         """A file without base that gives this recipe: every table and key, defaults included."""
@@ -292,7 +304,7 @@ def load_recipe(name: str | Path, settings: Sequence[str] = ()) -> Recipe:
 
 def build_recipe(content: Mapping[str, Any], name: str, where: str) -> Recipe:
     """A recipe from its tables; ``where`` is how errors call their source."""
-    known = ["summary", "base", _QUANTIZATION, *_SECTIONS]
+    known = ["summary", _QUANTIZATION, *_SECTIONS]
     for key in content:
         if key not in known:
             raise RecipeError(f"{where}: there is no table {key!r}.{_nearest(key, known)}", hint=_all("Tables", known))
@@ -304,7 +316,6 @@ def build_recipe(content: Mapping[str, Any], name: str, where: str) -> Recipe:
         name=name,
         summary=summary,
         quantization=_qconfig(content.get(_QUANTIZATION, {}), where),
-        content={k: v for k, v in content.items() if k != "base"},
         **sections,
     )
     _check_whole(recipe, where)
@@ -340,6 +351,10 @@ def _check_whole(recipe: Recipe, where: str) -> None:
     if recipe.qat.clipping_penalty and recipe.quantization.method != "pact":
         raise RecipeError(
             f"{where}: qat.clipping_penalty goes with the method 'pact', not {recipe.quantization.method!r}."
+        )
+    if recipe.threshold_freezing.every and recipe.quantization.method != "tqt":
+        raise RecipeError(
+            f"{where}: threshold_freezing.every goes with the method 'tqt', not {recipe.quantization.method!r}."
         )
     if recipe.batch_norm.reestimate_batches and recipe.quantization.batch_norm == "folded":
         raise RecipeError(
@@ -378,12 +393,15 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise RecipeError(f"{path} is no text: {error}.") from error
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path} is no TOML: {error}.") from error
-    base = content.pop("base", None)
-    if base is None:
-        return content
-    if not isinstance(base, str):
-        raise RecipeError(f"{path}: base must be the name or path of a recipe, not {base!r}.")
-    return _merge(_read(_find(base, path.parent), (*above, path.resolve())), content)
+    base, preset = content.pop("base", None), content.pop(_PRESET, None)
+    tables: dict[str, Any] = {}
+    if base is not None:
+        if not isinstance(base, str):
+            raise RecipeError(f"{path}: base must be the name or path of a recipe, not {base!r}.")
+        tables = _read(_find(base, path.parent), (*above, path.resolve()))
+    if preset is not None:
+        tables = _merge(tables, _preset(preset, str(path)))
+    return _merge(tables, content)
 
 
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -495,6 +513,24 @@ def _qconfig(values: Any, where: str) -> QConfig:
         return QConfig(**arguments | {"options": tuple(options)})
     except (TypeError, ValueError, AttributeError) as error:
         raise RecipeError(f"{where}: {_QUANTIZATION}: {error}.") from error
+
+
+def _preset(values: Any, where: str) -> dict[str, Any]:
+    """The tables of a preset."""
+    if not isinstance(values, dict) or not isinstance(values.get("name"), str):
+        raise RecipeError(
+            f'{where}: {_PRESET} must be a table with a name, as in preset = {{ name = "fqn", bits = 4 }}.'
+        )
+    arguments = dict(values)
+    name = arguments.pop("name")
+    if name not in PRESETS:
+        known = sorted(PRESETS)
+        raise RecipeError(f"{where}: there is no preset {name!r}.{_nearest(name, known)}", hint=_all("Presets", known))
+    try:
+        preset = PRESETS[name](**arguments)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{where}: {_PRESET} {name!r}: {error}.") from error
+    return {**{t: dict(v) for t, v in preset.training.items()}, _QUANTIZATION: _quantization_table(preset.qconfig)}
 
 
 def _quantization_table(config: QConfig) -> dict[str, Any]:

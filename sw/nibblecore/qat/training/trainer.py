@@ -35,6 +35,7 @@ from ..regularization import (
     cosine_ramp,
     dampening,
 )
+from ..tqt import ThresholdFreezer
 from .data import Split, augment, check_batch, open_data
 from .guard import StepGuard, check_gradients, check_loss, check_weights
 from .log import Curves, Log
@@ -555,6 +556,10 @@ class _QatLoop(_Loop):
         self.guard = StepGuard(self.model, self.recipe.stops)
         if self.track:
             self.tracker = OscillationTracker(self.model, self.recipe.oscillation.momentum)
+        freezing = self.recipe.threshold_freezing
+        if freezing.every:
+            start = round(freezing.start * self.total)
+            self.freezer = ThresholdFreezer(self.model, start, freezing.every, freezing.momentum)
         if self.recipe.ema.decay:
             self.ema = Ema(self.model, self.recipe.ema.decay, self.recipe.ema.ramp)
         if state is None and self.trainer.run is not None:
@@ -604,6 +609,8 @@ class _QatLoop(_Loop):
             if freezing.first:
                 threshold = cosine_ramp(self._done(), self.total, freezing.first, freezing.last, freezing.start)
             self.tracker.step(threshold)
+        if self.freezer is not None:
+            self.freezer.step()
         if self.ema is not None:
             self.ema.update(self.model)
 
@@ -662,6 +669,7 @@ class _QatLoop(_Loop):
         return {
             "guard": self.guard.initial,
             "tracker": None if self.tracker is None else self.tracker.state_dict(),
+            "freezer": None if self.freezer is None else self.freezer.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
         }
 
@@ -670,6 +678,8 @@ class _QatLoop(_Loop):
         self.guard.initial = state["guard"]
         if self.tracker is not None:
             self.tracker.load_state_dict(state["tracker"])
+        if self.freezer is not None:
+            self.freezer.load_state_dict(state["freezer"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
 
