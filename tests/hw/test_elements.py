@@ -101,6 +101,35 @@ def test_technology_changes_no_latency():
         assert len(latencies) == 1
 
 
+@pytest.mark.parametrize("kind", ELEMENTS)
+def test_inverted_operands(kind):
+    """``inverted``: operands come as the element stores them."""
+    rng = random.Random(kind)
+    element = make_element(kind, lanes=4, inverted=True)
+    weights = [rng.randint(-8, 7) for _ in range(4)]
+    words = [[rng.randint(-8, 7) for _ in range(4)] for _ in range(20)]
+
+    def invert(values, polarity):
+        return sum((v & 0xF ^ polarity) << 4 * n for n, v in enumerate(values))
+
+    async def bench(ctx):
+        ctx.set(element.weights.as_value(), invert(weights, element.WEIGHT_POLARITY))
+        ctx.set(element.load_stb, 1)
+        await ctx.tick()
+        ctx.set(element.load_stb, 0)
+        ctx.set(element.swap_stb, 1)
+        for word in words:
+            ctx.set(element.activations.as_value(), invert(word, element.ACTIVATION_POLARITY))
+            for _ in range(element.latency):
+                await ctx.tick()
+            assert ctx.get(element.sum) == element.model(word, weights)
+
+    sim = Simulator(element)
+    sim.add_clock(1e-6)
+    sim.add_testbench(bench)
+    sim.run()
+
+
 # The summation plan ----------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from amaranth import Module, Signal, signed
+from amaranth import Const, Module, Signal, signed
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2
@@ -63,7 +63,8 @@ class SystolicArray(wiring.Component):
         self._arch = arch
         # Built here and not in elaborate(), because they know the latency. An array may be asked for that alone.
         self._elements = [
-            make_element(arch.element, lanes=arch.lanes, technology=technology) for _ in range(arch.columns)
+            make_element(arch.element, lanes=arch.lanes, inverted=True, technology=technology)
+            for _ in range(arch.columns)
         ]
         if self._elements[0].load_cycles != 1:
             cycles = self._elements[0].load_cycles
@@ -98,8 +99,18 @@ class SystolicArray(wiring.Component):
         arch = self._arch
         word = word_layout(arch)
         swap, load, column = Signal(), self.load_stb, self.column
-        activations, weights = Signal(word, reset_less=True), self.weights
-        m.d.sync += [activations.eq(self.activations), swap.eq(self.swap_stb)]
+        activations, weights = Signal(word, reset_less=True), Signal(word, name="weights0")
+        # Bits that elements store inverted are inverted here, once for all columns.
+        element = self._elements[0]
+        m.d.comb += weights.as_value().eq(
+            self.weights.as_value() ^ Const(element.WEIGHT_POLARITY, 4).replicate(arch.lanes)
+        )
+        m.d.sync += [
+            activations.as_value().eq(
+                self.activations.as_value() ^ Const(element.ACTIVATION_POLARITY, 4).replicate(arch.lanes)
+            ),
+            swap.eq(self.swap_stb),
+        ]
         for group in range(arch.columns // arch.post_lanes):
             if group:
                 hop_activations = Signal(word, name=f"activations{group}", reset_less=True)

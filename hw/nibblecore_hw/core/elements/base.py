@@ -48,6 +48,9 @@ class DotElement(wiring.Component, abc.ABC):
     ----------
     lanes : int
         Products per cycle, a power of two in 1..64.
+    inverted : bool
+        Operands come with the bits of ``ACTIVATION_POLARITY`` and ``WEIGHT_POLARITY`` inverted, as the element stores
+        them: an array inverts them once and not in every column.
 
     Members
     -------
@@ -70,6 +73,10 @@ class DotElement(wiring.Component, abc.ABC):
 
     WEIGHT_RANGE: ClassVar[tuple[int, int]] = (-8, 7)
     PIXELS: ClassVar[int] = 1
+    ACTIVATION_POLARITY: ClassVar[int] = 0
+    """Bits of every activation that the element inverts as it stores them."""
+    WEIGHT_POLARITY: ClassVar[int] = 0
+    """Bits of every weight that the element inverts as it stores them."""
 
     activations: data.View
     weights: data.View
@@ -77,11 +84,14 @@ class DotElement(wiring.Component, abc.ABC):
     swap_stb: Signal
     sum: Signal
 
-    def __init__(self, *, lanes: int) -> None:
+    def __init__(self, *, lanes: int, inverted: bool = False) -> None:
         check_int("lanes", lanes, 1, 64)
         if lanes & (lanes - 1):
             raise ValueError(f"lanes must be a power of two, not {lanes}")
         self._lanes = lanes
+        # What is left to do to each operand as it is stored.
+        self._invert_activation = 0 if inverted else self.ACTIVATION_POLARITY
+        self._invert_weight = 0 if inverted else self.WEIGHT_POLARITY
         word = data.ArrayLayout(signed(4), lanes)
         super().__init__(
             {

@@ -21,8 +21,8 @@ class BitplaneDot(DotElement):
 
     Parameters
     ----------
-    lanes : int
-        Products per cycle, a power of two in 1..64.
+    lanes, inverted
+        As in :class:`DotElement`.
     technology : {"generic", "ecp5"}
         ``generic``: adders that synthesis infers; for simulation and for any FPGA. ``ecp5``: ``CCU2C`` carry cells that
         take two bit products each, several adders in one carry chain. The Amaranth simulator refuses their instances;
@@ -39,13 +39,22 @@ class BitplaneDot(DotElement):
         If an argument is not as described.
     """
 
+    ACTIVATION_POLARITY = ACTIVATION_POLARITY
+    WEIGHT_POLARITY = WEIGHT_POLARITY
+
     def __init__(
-        self, *, lanes: int, technology: str = "generic", levels_per_stage: int = 2, chain_cells: int = 48
+        self,
+        *,
+        lanes: int,
+        inverted: bool = False,
+        technology: str = "generic",
+        levels_per_stage: int = 2,
+        chain_cells: int = 48,
     ) -> None:
         self._technology = check_technology(technology)
         check_int("levels_per_stage", levels_per_stage, 1, 4)
         check_int("chain_cells", chain_cells, 16, 192)
-        super().__init__(lanes=lanes)
+        super().__init__(lanes=lanes, inverted=inverted)
         self._chain_cells = chain_cells
         self._plan = plan_dot(lanes=lanes, levels_per_stage=levels_per_stage)
 
@@ -70,9 +79,9 @@ class BitplaneDot(DotElement):
         shadow = [Signal(4, name=f"shadow{n}", init=WEIGHT_POLARITY, reset_less=True) for n in lanes]
         active = [Signal(4, name=f"active{n}", init=WEIGHT_POLARITY, reset_less=True) for n in lanes]
         for n in lanes:
-            m.d.sync += activations[n].eq(self.activations[n].as_unsigned() ^ ACTIVATION_POLARITY)
+            m.d.sync += activations[n].eq(self.activations[n].as_unsigned() ^ self._invert_activation)
             with m.If(self.load_stb):
-                m.d.sync += shadow[n].eq(self.weights[n].as_unsigned() ^ WEIGHT_POLARITY)
+                m.d.sync += shadow[n].eq(self.weights[n].as_unsigned() ^ self._invert_weight)
             with m.If(self.swap_stb):
                 m.d.sync += active[n].eq(shadow[n])
 
