@@ -540,6 +540,7 @@ class _QatLoop(_Loop):
         self.total = self.section.epochs * self.steps
         self.guard: StepGuard | None = None
         self.tracker: OscillationTracker | None = None
+        self.freezer: ThresholdFreezer | None = None
         self.ema: Ema[QuantModel] | None = None
         uniform = all(
             m.weight_quantizer.uniform
