@@ -97,7 +97,7 @@ def train(qconfig: QConfig, rank: int, processes: int) -> dict[str, Any]:
     if tracker is not None:
         result["tracker"] = tracker.state_dict()
     for name, trained in (("integers", model), ("integers of the average", ema.model)):
-        graph = convert(trained)  # type: ignore[arg-type] # a copy of it
+        graph = convert(trained)
         result[name] = {
             f"{n.output}.{field}": torch.from_numpy(getattr(n, field).copy())
             for n in graph.nodes

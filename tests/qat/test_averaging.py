@@ -3,15 +3,18 @@
 import copy
 import io
 import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from nibblecore.qat import METHODS, Ema, QConfig, QuantModel, calibrate, convert, prepare
+from nibblecore import ir
+from nibblecore.qat import METHODS, Ema, QConfig, QuantModel, calibrate, convert, prepare, save_checkpoint
 
 
 def network(qconfig: QConfig | None = None, seed: int = 0, ready: bool = True) -> QuantModel:
@@ -176,4 +179,19 @@ def test_torch_averages_a_prepared_model_too() -> None:
     other = AveragedModel(copy.deepcopy(model), use_buffers=True)
     other.load_state_dict(theirs.state_dict())
     assert torch.equal(other.eval()(x), theirs(x))
-    convert(theirs.module)  # type: ignore[arg-type] # torch says it is any module
+    convert(theirs.module)
+
+
+def test_models_may_be_wrapped(tmp_path: Path) -> None:
+    """Compiled, averaged, both: what needs the prepared model finds it."""
+    model = network()
+    graph = convert(model)
+    for wrapped in (torch.compile(model, backend="eager"), AveragedModel(torch.compile(model, backend="eager"))):
+        assert all(np.array_equal(a.weight, b.weight) for a, b in zip(convert(wrapped).nodes, graph.nodes, strict=True)
+                   if isinstance(a, ir.Conv) and isinstance(b, ir.Conv))  # fmt: skip
+        calibrate(wrapped, [torch.rand(8, 1, 8, 8)])
+        save_checkpoint(wrapped, tmp_path / "model.safetensors", factory="tests:net")
+    text = r"^model must come from nibblecore\.qat\.prepare, not be a Linear$"
+    for use in (convert, lambda m: calibrate(m, []), lambda m: save_checkpoint(m, tmp_path / "x", factory="a:b")):
+        with pytest.raises(TypeError, match=text):
+            use(torch.compile(nn.Linear(2, 2), backend="eager"))

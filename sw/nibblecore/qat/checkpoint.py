@@ -17,27 +17,29 @@ from ..files import write_atomically
 from .config import QConfig
 from .layers import Correction
 from .methods import InputQuantizer
-from .prepare import QuantModel, add_correction, prepare
+from .prepare import QuantModel, add_correction, prepare, prepared
 
 FORMAT: Final = 1
 _KEY: Final = "nibblecore.checkpoint"
 _TRUSTED: Final = "nibblecore.models."
 
 
-def save_checkpoint(model: QuantModel, path: str | Path, *, factory: str, **facts: Any) -> None:
+def save_checkpoint(model: nn.Module, path: str | Path, *, factory: str, **facts: Any) -> None:
     """Write ``model`` as a safetensors file: its ``state_dict``, and what rebuilds it as JSON in the metadata.
 
     The file appears under its name only when it is complete.
 
     Parameters
     ----------
-    model : QuantModel
+    model : nn.Module
+        From :func:`nibblecore.qat.prepare`, perhaps wrapped.
     path : str or Path
     factory : str
         ``package.module:function`` that makes the float model, see :func:`load_model`.
     **facts
         What else is worth keeping: accuracies, the seed. Must be expressible in JSON.
     """
+    model = prepared(model)
     path = Path(path)
     source = model.get_submodule(model._input_name)
     assert isinstance(source, InputQuantizer)

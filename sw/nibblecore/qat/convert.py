@@ -14,10 +14,10 @@ from ..ir.verify import verify
 from .layers import QuantAdd, QuantAvgPool2d, QuantConv2d, QuantLayer, QuantOp
 from .methods import ActQuantizer, InputQuantizer
 from .operators import QuantConcat, QuantFlatten, QuantLookup, QuantMaxPool2d, QuantMul, QuantUpsample
-from .prepare import QuantModel
+from .prepare import QuantModel, prepared
 
 
-def convert(model: QuantModel, name: str | None = None) -> ir.Graph:
+def convert(model: nn.Module, name: str | None = None) -> ir.Graph:
     """The integers of a calibrated or trained model.
 
     Tensors are named after the module paths that write them; the input after its argument. Of a sum, the first input is
@@ -26,19 +26,21 @@ def convert(model: QuantModel, name: str | None = None) -> ir.Graph:
 
     Parameters
     ----------
-    model : QuantModel
+    model : nn.Module
+        From :func:`nibblecore.qat.prepare`, perhaps wrapped: compiled, averaged, or for several processes.
     name : str, optional
         Name of the network; the model's class by default.
 
     Raises
     ------
+    TypeError
+        Another model.
     TrainingError
         Activation steps without calibration.
     CompileError
         Numbers that no requantization record can hold, all at once: module path, channel, value and what to change.
     """
-    if not isinstance(model, QuantModel):
-        raise TypeError(f"model must come from nibblecore.qat.prepare, not be a {type(model).__name__}")
+    model = prepared(model)
     model._calibrated = False  # training may have lost a step since the last look
     model._check_ready(every=True)
     return _Converter(model, name or model._graph_name).graph

@@ -27,7 +27,7 @@ from ..frontend.from_torch import (
     walk_readers,
 )
 from .config import QConfig
-from .distributed import gather, processes, reduce_sum
+from .distributed import gather, processes, reduce_sum, unwrap
 from .layers import Correction, Grid, QuantLayer, QuantOp
 from .methods import ActQuantizer, InputQuantizer, Method, WeightQuantizer, method
 from .operators import build
@@ -151,6 +151,14 @@ def _look_again(model: nn.Module, _: Any) -> None:
     """Know right after loading a state whether steps are numbers: a compiled forward pass does not ask tensors."""
     assert isinstance(model, QuantModel)
     model._calibrated = not model._uncalibrated()
+
+
+def prepared(model: nn.Module) -> QuantModel:
+    """The model from :func:`prepare`, also inside what compiles, averages or parallelizes it; else a TypeError."""
+    inner = unwrap(model)
+    if not isinstance(inner, QuantModel):
+        raise TypeError(f"model must come from nibblecore.qat.prepare, not be a {type(inner).__name__}")
+    return inner
 
 
 def prepare(
@@ -461,13 +469,13 @@ def _observing(model: QuantModel) -> Iterator[dict[str, ActQuantizer]]:
             quantizer.calibrator = None
 
 
-def calibrate(model: QuantModel, loader: Iterable[Any], batches: int | None = None, *, sync: bool = True) -> None:
+def calibrate(model: nn.Module, loader: Iterable[Any], batches: int | None = None, *, sync: bool = True) -> None:
     """Set the steps of all activations from data, with unquantized weights and activations.
 
     Parameters
     ----------
-    model : QuantModel
-        From :func:`prepare`. Steps that it already has are replaced.
+    model : nn.Module
+        From :func:`prepare`, perhaps wrapped, as for several processes. Steps that it already has are replaced.
     loader : iterable
         Batches: tensors, or tuples and lists whose first item is the tensor. Empty ones are passed over.
     batches : int, optional
@@ -481,7 +489,10 @@ def calibrate(model: QuantModel, loader: Iterable[Any], batches: int | None = No
     ------
     TrainingError
         No batch, or values that are not finite, in any process.
+    TypeError
+        Another model.
     """
+    model = prepared(model)
     device = next(model.parameters()).device
     sync = sync and processes() > 1
     with _observing(model) as quantizers, torch.no_grad():
