@@ -90,8 +90,9 @@ def trained(name: str, qconfig: QConfig, size: int = 16) -> tuple[QuantModel, to
     return model.eval(), x
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("method", ["lsq", "lsq+"])
+@pytest.mark.parametrize(
+    ("name", "method"), [*((name, "lsq") for name in MODELS), ("MobileNetV2", "lsq+"), ("MobileNetV3Small", "lsq+")]
+)
 def test_from_the_float_model_to_integers(
     name: str, method: str, compare: Callable[..., None], evaluate: Callable[..., dict[str, Any]]
 ) -> None:

@@ -32,6 +32,7 @@ def lower(graph: Graph) -> Graph:
 
 
 def _conv(graph: Graph, node: Conv) -> Node:
+    assert node.groups == 1, "check_supported refuses groups"
     y = graph.tensors[node.output]
     return MacLayer(
         node.output, node.inputs, node.path, op="Conv", kind="dense",
