@@ -6,7 +6,7 @@ from amaranth.lib.wiring import In, Out, Signature
 from amaranth.utils import ceil_log2
 
 from nibblecore.arch.config import PARAM_BITS, ArchConfig
-from nibblecore.arch.isa import INSTRUCTION_BITS, INSTRUCTIONS, REGIONS, Opcode
+from nibblecore.arch.isa import INSTRUCTION_BITS, INSTRUCTIONS, Opcode
 from nibblecore.arch.numerics import BIAS_BITS, MULT_BITS
 from nibblecore.arch.regs import CSR_ADDR_BITS
 
@@ -93,9 +93,13 @@ ACC_READ_LATENCY = 3
 """Edges from an accumulator read to its data: block RAM, a register at its output, one behind the group multiplexer."""
 
 
-def regions_layout(arch: ArchConfig) -> data.ArrayLayout:
-    """Base and size in bytes of the DRAM regions, as the host has set them."""
-    return data.ArrayLayout(data.StructLayout({"base": unsigned(32), "size": unsigned(32)}), REGIONS)
+REGION_BITS = 32
+"""Width of a region's base and size, in bytes."""
+
+
+def region_layout() -> data.StructLayout:
+    """Base and size of a DRAM region, in bytes, as the host has set them."""
+    return data.StructLayout({"base": REGION_BITS, "size": REGION_BITS})
 
 
 def axi_read_signature(arch: ArchConfig, *, id_bits: int = 1) -> Signature:

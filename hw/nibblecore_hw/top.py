@@ -143,7 +143,7 @@ class Accelerator(wiring.Component):
                 port.error_stb.eq(unit.error_stb),
                 port.error_cause.eq(unit.error_cause),
                 unit.stop.eq(control.stop),
-                unit.regions.eq(control.regions),
+                unit.region.eq(port.region),
             ]
         stalls = control.stalls
         m.d.comb += [

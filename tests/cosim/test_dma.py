@@ -5,13 +5,20 @@ from typing import Any
 
 import pytest
 from amaranth import Module
-from amaranth.lib import wiring
+from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out, connect, flipped
 
 from nibblecore.arch.config import ArchConfig
+from nibblecore.arch.isa import REGIONS, Opcode
 from nibblecore_hw.dma.load import LoadDma
 from nibblecore_hw.dma.store import StoreDma
-from nibblecore_hw.layouts import axi_read_signature, axi_write_signature, command_signature, regions_layout
+from nibblecore_hw.layouts import (
+    axi_read_signature,
+    axi_write_signature,
+    command_signature,
+    instruction_layout,
+    region_layout,
+)
 from nibblecore_hw.mem.buffer import BankedBuffer
 from nibblecore_sim.build import build_verilator, to_verilog
 from nibblecore_sim.core_build import GENERATED
@@ -26,7 +33,7 @@ class DmaPair(wiring.Component):
         self.arch = arch
         super().__init__(
             {
-                "regions": In(regions_layout(arch)),
+                "regions": In(data.ArrayLayout(region_layout(), REGIONS)),
                 "load_command": In(command_signature()),
                 "store_command": In(command_signature()),
                 "load_bus": Out(axi_read_signature(arch)),
@@ -53,8 +60,10 @@ class DmaPair(wiring.Component):
         connect(m, load.act, buffer.writes[0])
         connect(m, store.act, buffer.reads[0])
         m.d.comb += [
-            load.regions.eq(self.regions),
-            store.regions.eq(self.regions),
+            *(
+                engine.region.eq(self.regions[data.View(instruction_layout(opcode), engine.command.payload).region])
+                for engine, opcode in ((load, Opcode.LOAD), (store, Opcode.STORE))
+            ),
             self.load_done_stb.eq(load.done_stb),
             self.store_done_stb.eq(store.done_stb),
             self.error_stb.eq(load.error_stb | store.error_stb),

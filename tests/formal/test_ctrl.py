@@ -136,6 +136,7 @@ class IssueSpec(wiring.Component):
                 "ready": In(1),
                 "done_stb": In(1),
                 "hold": In(1),
+                "prepared": In(1),
                 "give": In(4),
                 "drain": In(4),
             }
@@ -170,6 +171,7 @@ class IssueSpec(wiring.Component):
             stage.command.ready.eq(self.ready),
             stage.done_stb.eq(self.done_stb),
             stage.hold.eq(self.hold),
+            stage.prepared.eq(self.prepared),
         ]
         m.d.sync += asking.eq((asking | self.ask) & ~memory.index_stb)
         with m.If(self.write):
@@ -219,8 +221,8 @@ class IssueSpec(wiring.Component):
             Assert(stage.take == starts.replicate(4) & word[4:8], "took something else than it waits for"),
         ]
         before = Signal(2)
-        m.d.sync += before.eq(Cat(self.hold, stage.command.valid))
-        m.d.comb += Assert((before != 0b01) | ~stage.command.valid, "a new offer under hold")
+        m.d.sync += before.eq(Cat(self.hold | ~self.prepared, stage.command.valid))
+        m.d.comb += Assert((before != 0b01) | ~stage.command.valid, "a new offer under hold, or unprepared")
 
         number = AnyConst(6)
         followed, oldest = Signal.like(entry), Signal(2)

@@ -83,6 +83,7 @@ class Core:
         self.resets = 0
         self.counts = dict.fromkeys(Counter, 0)
         self.number = dict.fromkeys(Engine, 0)
+        self.regions: dict[int, tuple[int, int]] = {}  # base and size, as the host has set them
 
     def engine(self, engine: Engine) -> Callable:
         port, dut = self.dut.engine(engine), self.dut
@@ -104,9 +105,10 @@ class Core:
                     cause = self.fail[engine, self.number[engine]] if failing else self.inject.get(engine)
                     ctx.set(port.error_stb, cause is not None)
                     ctx.set(port.error_cause, cause or 0)
-                _, _, valid, word, stop, core_reset, running = await ctx.tick().sample(
-                    port.command.valid, port.command.payload, dut.stop, dut.core_reset, dut.running
-                )
+                _, _, valid, word, stop, core_reset, running, *region = await ctx.tick().sample(
+                    port.command.valid, port.command.payload, dut.stop, dut.core_reset, dut.running,
+                    *((port.region.base, port.region.size) if engine in DMA_ENGINES else ()),
+                )  # fmt: skip
                 self.counts[Counter[f"{engine.name}_BUSY"]] += running and active
                 # Offers stay and do not change, but for a reset.
                 assert offered is None or (valid and word == offered), f"{engine}'s offer changed (seed {self.seed})"
@@ -132,6 +134,9 @@ class Core:
                     left = self.duration(engine, self.number[engine])
                     self.log.append((self.cycle, "start", engine))
                     self.words.append((engine, word))
+                    if region:
+                        number = isa.decode(word)["region"]
+                        assert tuple(region) == self.regions.get(number, (0, 0)), f"region {number} (seed {self.seed})"
 
         return run
 
@@ -170,6 +175,8 @@ class Core:
         ctx.set(bus.awvalid, 1)
         ctx.set(bus.wvalid, 1)
         ctx.set(bus.bready, 1)
+        while not (ctx.get(bus.awready) and ctx.get(bus.wready)):  # regions are being cleared; both come at once
+            await ctx.tick()
         await ctx.tick()
         ctx.set(bus.awvalid, 0)
         ctx.set(bus.wvalid, 0)
@@ -204,8 +211,10 @@ class Core:
         self.words.clear()
         self.counts = dict.fromkeys(Counter, 0)
         self.number = dict.fromkeys(Engine, 0)
-        await self.write(ctx, "REGION0_BASE", BASE)
-        await self.write(ctx, "REGION0_SIZE", len(self.memory))
+        self.regions[0] = (BASE, len(self.memory))
+        for number, (base, size) in self.regions.items():
+            await self.write(ctx, f"REGION{number}_BASE", base)
+            await self.write(ctx, f"REGION{number}_SIZE", size)
         await self.write(ctx, "WATCHDOG", watchdog)
         await self.write(ctx, "IRQ_ENABLE", 1)
         await self.command(ctx, "start")
@@ -295,6 +304,25 @@ def test_random_programs(seed: int) -> None:
                 assert await core.read(ctx, name) == 0
 
     core.simulate(bench, max_cycles=60000)
+
+
+@pytest.mark.parametrize("bus_bits", [32, 64, 128, 256])
+def test_instructions_come_with_their_regions(bus_bits: int) -> None:
+    """Also with a host that reads the registers all the time, and engines that are faster than the queues."""
+    rng = random.Random(bus_bits)
+    core = Core(arch=ARCH.replace(bus_bits=bus_bits, burst_beats=16), seed=bus_bits, duration=lambda engine, number: 1)
+    core.regions = {n: (rng.getrandbits(32), rng.getrandbits(32)) for n in range(1, 8)}
+    program = [isa.make(OPCODES[rng.choice(DMA_ENGINES)], region=rng.randrange(8)) for _ in range(60)]
+
+    async def bench(ctx: SimulatorContext) -> None:
+        await core.start(ctx, [*program, END])
+        while await core.status(ctx) == "running":
+            number = rng.randrange(8)
+            assert await core.read(ctx, f"REGION{number}_SIZE") == core.regions[number][1]
+        assert await core.status(ctx) == "idle done"
+        assert len(core.words) == len(program)
+
+    core.simulate(bench)
 
 
 def test_semaphore_counters_and_stalls() -> None:
@@ -417,7 +445,7 @@ def test_illegal_instruction_then_reset_then_a_good_program() -> None:
     core.drain = 37
 
     async def bench(ctx: SimulatorContext) -> None:
-        await core.write(ctx, "REGION3_SIZE", 0x1234)
+        core.regions[3] = (0x40, 0x1234)
         await core.start(ctx, [op(LOAD), op(STORE), 0xF0F, op(MAC), END])
         assert await core.error(ctx) == (ErrorCause.ILLEGAL_INSTRUCTION, ErrorUnit.FETCH, 2)
         assert {e for e, _ in core.words} <= {LOAD, STORE}

@@ -5,10 +5,11 @@ import random
 from typing import Any
 
 import pytest
+from amaranth import ResetInserter, Signal
 from amaranth.sim import SimulatorContext
 
 from nibblecore.arch.config import ArchConfig
-from nibblecore.arch.isa import ISA_VERSION
+from nibblecore.arch.isa import ISA_VERSION, REGIONS
 from nibblecore.arch.regs import CSR_ADDR_BITS, MAGIC, REGISTERS, Counter
 from nibblecore_hw.ctrl.csr import OKAY, SLVERR, Csr, bits_of
 from nibblecore_sim.pysim import Stalls, simulate
@@ -16,6 +17,7 @@ from nibblecore_sim.pysim import Stalls, simulate
 ARCH = ArchConfig(name="t", lanes=4, columns=4, post_lanes=2, acc_depth=16, act_depth=256, weight_depth=256)
 BY_OFFSET = {r.offset: r for r in REGISTERS.values()}
 ALL = 0xFFFF_FFFF
+REGION_NAMES = [f"REGION{n}_{what}" for n in range(REGIONS) for what in ("BASE", "SIZE")]
 
 
 async def handshake(ctx: SimulatorContext, valid: Any, ready: Any) -> None:
@@ -77,6 +79,21 @@ async def response(ctx: SimulatorContext, valid: Any, ready: Any, *values: Any) 
     raise AssertionError("no response in 40 cycles")
 
 
+async def shown_to_core(ctx: SimulatorContext, dut: Csr, name: str) -> int:
+    """What the core sees of a register that can be written."""
+    if name not in REGION_NAMES:
+        return int(ctx.get(getattr(dut, name.lower())))
+    number, size = divmod(REGION_NAMES.index(name), 2)
+    ctx.set(dut.region_number, number)
+    ctx.set(dut.region_size, size)
+    ctx.set(dut.region_en, 1)
+    word = ctx.get(dut.region_word)
+    ctx.set(dut.region_en, 0)
+    if number == 0:
+        assert ctx.get(dut.fetch_region.size if size else dut.fetch_region.base) == word
+    return int(word)
+
+
 def stretch(strobes: int) -> int:
     return sum(0xFF << 8 * n for n in range(4) if strobes >> n & 1)
 
@@ -119,7 +136,7 @@ def test_every_register(seed: int) -> None:
 
     async def watch(ctx: SimulatorContext) -> None:
         """What the core sees of writes."""
-        names = [n for n, r in REGISTERS.items() if r.access == "rw"]
+        names = [n for n, r in REGISTERS.items() if r.access == "rw" and n not in REGION_NAMES]
         commands = [n for n, r in REGISTERS.items() if r.access in ("wo", "w1c")]
         while True:
             _, _, *values = await ctx.tick().sample(
@@ -165,7 +182,7 @@ def test_every_register(seed: int) -> None:
                 effective = value & stretch(strobes) & (bits_of(register) if register else 0)
                 if register is not None and register.access == "rw":
                     held[register.name] = effective | held[register.name] & ~stretch(strobes)
-                    assert strobed == [register.name], note
+                    assert strobed == [register.name] * (register.name not in REGION_NAMES), note
                 else:
                     assert strobed == [], note
                 if register is not None and register.access in ("wo", "w1c") and effective:
@@ -173,7 +190,7 @@ def test_every_register(seed: int) -> None:
                 else:
                     assert ones == {}, note
                 for name, value in held.items():
-                    assert ctx.get(getattr(dut, name.lower())) == value, f"{name} after {note}"
+                    assert await shown_to_core(ctx, dut, name) == value, f"{name} after {note}"
             if register is not None:
                 assert await read(ctx, bus, at) == (OKAY, expected(register.name)), note
 
@@ -245,7 +262,7 @@ def test_channels_with_random_stalls(seed: int) -> None:
             if not hole:
                 held[name] = value & stretch(strobes) | held[name] & ~stretch(strobes)
         for name, value in held.items():
-            assert ctx.get(getattr(dut, name.lower())) == value, f"{name} (seed {seed})"
+            assert await shown_to_core(ctx, dut, name) == value, f"{name} (seed {seed})"
 
     async def data(ctx: SimulatorContext) -> None:
         got = await collect(ctx, bus.rvalid, bus.rready, [bus.rresp, bus.rdata], len(reads))
@@ -260,7 +277,8 @@ def test_cycles() -> None:
     bus = dut.s_axil
 
     async def bench(ctx: SimulatorContext) -> None:
-        ctx.set(bus.awaddr, REGISTERS["REGION0_BASE"].offset)
+        await ctx.tick().repeat(16)  # the regions are being cleared
+        ctx.set(bus.awaddr, REGISTERS["WATCHDOG"].offset)
         ctx.set(bus.wdata, 5)
         ctx.set(bus.wstrb, 15)
         ctx.set(bus.awvalid, 1)
@@ -275,13 +293,54 @@ def test_cycles() -> None:
         await ctx.tick()
         assert ctx.get(bus.bvalid)
         assert not ctx.get(bus.rvalid)
-        assert ctx.get(dut.region0_base) == 5
-        assert ctx.get(dut.region0_base_stb)
+        assert ctx.get(dut.watchdog) == 5
+        assert ctx.get(dut.watchdog_stb)
         await ctx.tick()
         assert ctx.get(bus.rvalid)
-        assert not ctx.get(dut.region0_base_stb)
+        assert not ctx.get(dut.watchdog_stb)
 
     simulate(dut, bench)
+
+
+@pytest.mark.parametrize("reset_at", [0, 7, 40])
+def test_a_reset_clears_the_regions(reset_at: int) -> None:
+    reset, dut = Signal(), Csr(arch=ARCH)
+    offsets = [REGISTERS[name].offset for name in REGION_NAMES]
+
+    async def bench(ctx: SimulatorContext) -> None:
+        for offset in offsets:
+            assert await write(ctx, dut.s_axil, offset, ALL) == OKAY
+        for _ in range(2):  # a reset in the middle of clearing too
+            ctx.set(reset, 1)
+            await ctx.tick()
+            ctx.set(reset, 0)
+            await ctx.tick().repeat(reset_at + 1)
+        for offset in reversed(offsets):
+            assert await read(ctx, dut.s_axil, offset) == (OKAY, 0)
+
+    simulate(ResetInserter(reset)(dut), bench)
+
+
+def test_reads_of_regions_wait_for_the_core() -> None:
+    rng = random.Random(5)
+    dut = Csr(arch=ARCH)
+    held = {name: rng.getrandbits(32) for name in REGION_NAMES}
+
+    async def core(ctx: SimulatorContext) -> None:
+        while True:
+            number, size = rng.randrange(REGIONS), rng.randrange(2)
+            ctx.set(dut.region_en, rng.random() < 0.6)
+            ctx.set(dut.region_number, number)
+            ctx.set(dut.region_size, size)
+            await ctx.tick()
+
+    async def bench(ctx: SimulatorContext) -> None:
+        for name, value in held.items():
+            assert await write(ctx, dut.s_axil, REGISTERS[name].offset, value) == OKAY
+        for name in rng.choices(REGION_NAMES, k=60):
+            assert await read(ctx, dut.s_axil, REGISTERS[name].offset) == (OKAY, held[name]), name
+
+    simulate(dut, bench, background=[core])
 
 
 def test_arguments() -> None:

@@ -75,13 +75,12 @@ def run_load(
         for load in loads:
             while pauses.pause():
                 await ctx.tick()
+            ctx.set(dut.region, {"base": other_base if load["region"] == OTHER_REGION else base, "size": size})
             await put(ctx, dut.command, isa.encode(load))
 
     async def observe(ctx: Any) -> None:
         left, last_ar, cycle = tail, False, 0
         ready = {port: Stalls(write_stall, seed=seed + 2 + n) for n, port in enumerate((dut.act, dut.weights))}
-        ctx.set(dut.regions[REGION], {"base": base, "size": size})
-        ctx.set(dut.regions[OTHER_REGION], {"base": other_base, "size": size})
         while left:
             ctx.set(dut.stop, stop_at is not None and cycle >= stop_at)
             for port, stalls in ready.items():
@@ -205,7 +204,7 @@ def test_short_instructions() -> None:
     arch = make_arch(outstanding=16)
     memory = AxiMemory(size=SIZE, bus_bytes=arch.bus_bytes, seed=1, latency=(6, 6))
     run = run_load(arch, [isa.make(Opcode.LOAD, region=REGION)] * 4, memory, base=0, size=SIZE)
-    assert run.ar[1] - run.ar[0] == 4
+    assert run.ar[1] - run.ar[0] == 3
     assert run.commands[2:] == run.done[:2]
 
 
@@ -342,7 +341,7 @@ def test_reset_after_stop() -> None:
     writes: list[tuple[int, int]] = []
 
     async def bench(ctx: Any) -> None:
-        ctx.set(dut.regions[REGION], {"base": 0, "size": SIZE})
+        ctx.set(dut.region, {"base": 0, "size": SIZE})
         ctx.set(dut.act.ready, 1)
         await put(ctx, dut.command, isa.encode(load))
         for _ in range(20):

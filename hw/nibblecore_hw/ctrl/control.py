@@ -7,15 +7,16 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out, Signature, connect, flipped
 
 from nibblecore.arch.config import ArchConfig
-from nibblecore.arch.isa import Engine
+from nibblecore.arch.isa import INSTRUCTIONS, Engine, Opcode
 from nibblecore.arch.regs import Counter, ErrorUnit, field
 
-from ..layouts import axi_lite_signature, axi_read_signature, command_signature, regions_layout
+from ..layouts import axi_lite_signature, axi_read_signature, command_signature, region_layout
 from .counters import Counters
 from .csr import Csr
 from .fetch import Fetch, check_arguments
 from .instructions import InstructionMemory
 from .issue import IssueStage
+from .regions import RegionLookup
 from .semaphores import Semaphores
 from .supervisor import Supervisor
 
@@ -29,6 +30,7 @@ def engine_signature(engine: Engine) -> Signature:
     ``command``              a transfer starts one instruction; its semaphores have been waited for
     ``done_stb``             one pulse per finished instruction, in order, at least one cycle after its transfer
     ``busy``                 an instruction is being executed
+    ``region``               (DMA) base and size of the region that the instruction on ``command`` names
     ``idle``                 (DMA) no bus transaction is in flight, nor a request waiting for the bus
     ``error_stb``            (DMA) the oldest unfinished instruction met an error
     ``error_cause``          (DMA) with it: a :class:`nibblecore.arch.regs.ErrorCause`
@@ -36,7 +38,7 @@ def engine_signature(engine: Engine) -> Signature:
     """
     members = {"command": Out(command_signature()), "done_stb": In(1), "busy": In(1)}
     if engine in DMA_ENGINES:
-        members |= {"idle": In(1), "error_stb": In(1), "error_cause": In(8)}
+        members |= {"region": Out(region_layout()), "idle": In(1), "error_stb": In(1), "error_cause": In(8)}
     return Signature(members)
 
 
@@ -58,10 +60,13 @@ class Control(wiring.Component):
     After an error no instruction is offered any more, except one that an engine has been offered but has not accepted
     yet: streams never withdraw. Every engine can count on ``core_reset`` before the next program.
 
-    Cycles: TOTAL counts from the cycle after ``start``; the first request is then 2 cycles away, and the first command
-    is offered ``n + 6`` cycles after its first beat has arrived, with ``n = max(1, 256 / bus_bits)`` beats for each.
-    An instruction that waits for nothing is offered to its engine 3 cycles after fetch offers it to the queue, and at
-    most every third cycle; one that waits for an instruction of another engine 2 cycles after that one's ``done_stb``.
+    Cycles: TOTAL counts from the cycle after ``start``; the first request is then 2 cycles away. An instruction has
+    ``n = max(1, 256 / bus_bits)`` beats, of which its engine looks at ``k``
+    (:func:`nibblecore_hw.ctrl.instructions.beats_of`). Fetch offers the first one to its queue ``n + 3`` cycles after
+    its first beat has arrived. An instruction that waits for nothing is offered to its engine ``max(4, k + 2)`` cycles
+    after that, or after the one before was accepted, and one more for DMA engines where k is below 3; the beats of
+    another engine's instruction that are being read come on top. One that waits for an instruction of another engine is
+    offered 2 cycles after that one's ``done_stb``.
     The last cycle that counts is 2 cycles after the last ``done_stb``; ``irq`` follows 2 cycles later.
 
     Parameters
@@ -87,8 +92,6 @@ class Control(wiring.Component):
         To the DMAs: start no bus transaction.
     core_reset : Out(1)
         One cycle, when the bus is idle: every engine forgets what it was doing.
-    regions : Out(regions_layout(arch))
-        Base and size of the DRAM regions; they may change at any time, as the host writes them.
     running : Out(1)
         A program runs.
     irq : Out(1)
@@ -110,7 +113,6 @@ class Control(wiring.Component):
     progress: Signal
     stop: Signal
     core_reset: Signal
-    regions: Any
     running: Signal
     irq: Signal
 
@@ -128,7 +130,6 @@ class Control(wiring.Component):
                 "progress": In(1),
                 "stop": Out(1),
                 "core_reset": Out(1),
-                "regions": Out(regions_layout(arch)),
                 "running": Out(1),
                 "irq": Out(1),
             }
@@ -160,7 +161,7 @@ class Control(wiring.Component):
         connect(m, fetch.axi, flipped(self.m_axi))
         connect(m, fetch.write, instructions.write)
         m.d.comb += [
-            fetch.region.eq(self.regions[0]),
+            fetch.region.eq(csr.fetch_region),
             fetch.start_stb.eq(supervisor.start_stb),
             fetch.stop.eq(supervisor.stop),
         ]
@@ -195,6 +196,7 @@ class Control(wiring.Component):
         ]
         self._supervise(m, supervisor, fetch, stages)
         self._registers(m, csr, supervisor)
+        self._regions(m, csr, core_reset, stages)
         if self._arch.counters:
             self._count(m, csr, supervisor, stages)
         return m
@@ -235,7 +237,7 @@ class Control(wiring.Component):
         ]
 
     def _registers(self, m: Module, csr: Csr, supervisor: Supervisor) -> None:
-        """Registers to and from the supervisor, and the regions."""
+        """Registers to and from the supervisor."""
         connect(m, csr.s_axil, flipped(self.s_axil))
         m.d.comb += [
             supervisor.start.eq(csr.control_ones[field("CONTROL", "start").low]),
@@ -250,10 +252,25 @@ class Control(wiring.Component):
             csr.error_index.eq(supervisor.error_index_kept),
             csr.error_waits.eq(supervisor.error_waits),
         ]
-        for n, region in enumerate(self.regions):
+
+    def _regions(self, m: Module, csr: Csr, core_reset: Any, stages: dict[Engine, IssueStage]) -> None:
+        """The regions of the instructions that are brought to the DMA engines."""
+        regions = RegionLookup(clients=len(DMA_ENGINES))
+        m.submodules.regions = core_reset(regions)
+        m.d.comb += [
+            csr.region_en.eq(regions.en),
+            csr.region_number.eq(regions.select),
+            csr.region_size.eq(regions.size),
+            regions.word.eq(csr.region_word),
+        ]
+        for n, engine in enumerate(DMA_ENGINES):
+            stage = stages[engine]
+            low, number = INSTRUCTIONS[Opcode[engine.name]].layout()["region"]
             m.d.comb += [
-                region.base.eq(getattr(csr, f"region{n}_base")),
-                region.size.eq(getattr(csr, f"region{n}_size")),
+                regions.number[n].eq(stage.beat[low : low + number.bits]),
+                regions.number_stb[n].eq(stage.first_stb),
+                stage.prepared.eq(regions.ready[n]),
+                self.engine(engine).region.eq(regions.region[n]),
             ]
 
     def _count(self, m: Module, csr: Csr, supervisor: Supervisor, stages: dict[Engine, IssueStage]) -> None:

@@ -4,13 +4,14 @@ from typing import Any
 
 from amaranth import Cat, Module, Mux, Signal, Value
 from amaranth.lib import wiring
+from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Member, Out
 
 from nibblecore.arch.config import ArchConfig
-from nibblecore.arch.isa import ISA_VERSION
+from nibblecore.arch.isa import ISA_VERSION, REGIONS
 from nibblecore.arch.regs import CSR_ADDR_BITS, REGISTERS, Counter, Register, field
 
-from ..layouts import axi_lite_signature
+from ..layouts import axi_lite_signature, region_layout
 from .counters import COUNTER_BITS, SLOTS
 
 OKAY, SLVERR = 0, 2
@@ -18,6 +19,10 @@ OKAY, SLVERR = 0, 2
 _PAGE_LOG2 = 4
 _PAGE = 1 << _PAGE_LOG2
 _COUNTER_NAMES = {f"COUNT_{c.name}": c for c in Counter}
+_REGION_NAMES = [f"REGION{n}_{what}" for n in range(REGIONS) for what in ("BASE", "SIZE")]
+_REGION_PAGE = REGISTERS[_REGION_NAMES[0]].offset >> 2 + _PAGE_LOG2
+# Their registers fill a page, which is the LUT RAM.
+assert [REGISTERS[name].offset >> 2 for name in _REGION_NAMES] == [_REGION_PAGE * _PAGE + n for n in range(_PAGE)]
 # A counter's turn is found in its address.
 assert all(REGISTERS[name].offset >> 2 & SLOTS - 1 == c for name, c in _COUNTER_NAMES.items())
 
@@ -43,6 +48,13 @@ def member(name: str) -> str:
     return name.lower()
 
 
+def _write_bytes(m: Module, held: Value, word: Value, strobes: Signal) -> None:
+    """Byte by byte, so that strobes become clock enables and not multiplexers."""
+    for n, strobe in enumerate(strobes):
+        with m.If(strobe):
+            m.d.sync += held[8 * n : 8 * n + 8].eq(word[8 * n : 8 * n + 8])
+
+
 class Csr(wiring.Component):
     """The register file behind an AXI4-Lite slave port.
 
@@ -51,7 +63,8 @@ class Csr(wiring.Component):
     write-only register gives 0. The two lowest address bits are ignored. Write strobes select bytes.
 
     Cycles: a write acts, and its response is valid, in the second cycle after address and data were both accepted; read
-    data are valid 3 cycles after the address was accepted, those of a counter up to 15 cycles later.
+    data are valid 3 cycles after the address was accepted, those of a counter up to 15 cycles later. In the first 16
+    cycles after a reset nothing acts, as the regions' registers, which lie in LUT RAM, are being cleared.
 
     Parameters
     ----------
@@ -63,12 +76,18 @@ class Csr(wiring.Component):
     s_axil : Out(axi_lite_signature())
         The slave port (the signature is written from the slave's side).
     <register> : Out(32) or In(32)
-        For every register that is neither constant, write-only nor a counter, by its name in lower case: what ``rw``
-        registers hold, and what ``ro`` and ``w1c`` registers shall read as.
+        For every register that is neither constant, write-only, a counter nor a region's, by its name in lower case:
+        what ``rw`` registers hold, and what ``ro`` and ``w1c`` registers shall read as.
     <register>_ones : Out(32)
         For ``wo`` and ``w1c`` registers: the bits that were written as 1; 0 in all other cycles.
     <register>_stb : Out(1)
-        For ``rw`` registers: written; the register holds the new value in this cycle.
+        For these ``rw`` registers: written; the register holds the new value in this cycle.
+    fetch_region : Out(region_layout())
+        What the registers of region 0 hold.
+    region_en, region_number, region_size : In(1), In(3), In(1)
+        Look up a region's base, or its size: a read of the host waits for it.
+    region_word : Out(32)
+        What was asked for, in the same cycle.
     slot, count : In(4), In(32)
         From :class:`nibblecore_hw.ctrl.counters.Counters`, where there are counters.
 
@@ -79,6 +98,11 @@ class Csr(wiring.Component):
     """
 
     s_axil: Any
+    fetch_region: Any
+    region_en: Signal
+    region_number: Signal
+    region_size: Signal
+    region_word: Signal
     slot: Signal
     count: Signal
 
@@ -87,9 +111,16 @@ class Csr(wiring.Component):
             raise TypeError(f"arch must be an ArchConfig, not {arch!r}")
         self._arch = arch
         self._constants = constants(arch)
-        members: dict[str, Member] = {"s_axil": Out(axi_lite_signature())}
+        members: dict[str, Member] = {
+            "s_axil": Out(axi_lite_signature()),
+            "fetch_region": Out(region_layout()),
+            "region_en": In(1),
+            "region_number": In(range(REGIONS)),
+            "region_size": In(1),
+            "region_word": Out(32),
+        }
         for name, register in REGISTERS.items():
-            if name in self._constants or name in _COUNTER_NAMES:
+            if name in self._constants or name in _COUNTER_NAMES or name in _REGION_NAMES:
                 continue
             if register.access == "rw":
                 members[member(name)] = Out(32, init=register.reset)
@@ -105,20 +136,25 @@ class Csr(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        self._write(m)
-        self._read(m)
+        m.submodules.regions = regions = Memory(shape=32, depth=_PAGE, init=[], attrs={"ram_style": "distributed"})
+        clearing, cleared = Signal(init=1), Signal(range(_PAGE))
+        m.d.sync += cleared.eq(cleared + 1)
+        with m.If(cleared == _PAGE - 1):
+            m.d.sync += clearing.eq(0)
+        self._write(m, regions.write_port(granularity=8), clearing, cleared)
+        self._read(m, regions.read_port(domain="comb"), clearing)
         return m
 
-    def _write(self, m: Module) -> None:
+    def _write(self, m: Module, regions: Any, clearing: Signal, cleared: Signal) -> None:
         bus = self.s_axil
         index = Signal(CSR_ADDR_BITS - 2, reset_less=True)
-        word = Signal(32, reset_less=True)
+        word = Signal(32)  # 0 while the regions are cleared
         strobes = Signal(4, reset_less=True)
         have_addr, have_data = Signal(), Signal()
         act = Signal()
         m.d.comb += [
             bus.awready.eq(~have_addr & ~bus.bvalid),
-            bus.wready.eq(~have_data & ~bus.bvalid),
+            bus.wready.eq(~have_data & ~bus.bvalid & ~clearing),
             act.eq(have_addr & have_data),
         ]
         with m.If(bus.awvalid & bus.awready):
@@ -134,12 +170,26 @@ class Csr(wiring.Component):
         m.d.comb += selected.eq(Cat(strobe.replicate(8) for strobe in strobes))
         for name, register in REGISTERS.items():
             if register.access == "rw":
-                m.d.sync += getattr(self, f"{member(name)}_stb").eq(0)
+                if name not in _REGION_NAMES:
+                    m.d.sync += getattr(self, f"{member(name)}_stb").eq(0)
             elif register.access != "ro":
                 m.d.sync += getattr(self, f"{member(name)}_ones").eq(0)
+        of_region = Signal()
+        m.d.comb += [
+            of_region.eq(index[_PAGE_LOG2:] == _REGION_PAGE),
+            regions.addr.eq(Mux(clearing, cleared, index[:_PAGE_LOG2])),
+            regions.data.eq(word),
+            regions.en.eq(Mux(act & of_region, strobes, 0) | clearing.replicate(len(strobes))),
+        ]
+        with m.If(act & of_region):
+            m.d.sync += bus.bresp.eq(OKAY)
+            # Fetch reads its region's registers both at once.
+            for n, held in enumerate((self.fetch_region.base, self.fetch_region.size)):
+                with m.If(index[:_PAGE_LOG2] == n):
+                    _write_bytes(m, held, word, strobes)
         with m.If(act), m.Switch(index):
             for name, register in REGISTERS.items():
-                if register.access == "ro":
+                if register.access == "ro" or name in _REGION_NAMES:
                     continue
                 mask = bits_of(register)
                 with m.Case(register.offset >> 2):
@@ -147,14 +197,11 @@ class Csr(wiring.Component):
                     if register.access == "rw":
                         held = getattr(self, member(name))
                         m.d.sync += getattr(self, f"{member(name)}_stb").eq(1)
-                        # Byte by byte, so that strobes become clock enables and not multiplexers.
-                        for n, strobe in enumerate(strobes):
-                            with m.If(strobe):
-                                m.d.sync += held[8 * n : 8 * n + 8].eq((word & mask)[8 * n : 8 * n + 8])
+                        _write_bytes(m, held, word & mask, strobes)
                     else:
                         m.d.sync += getattr(self, f"{member(name)}_ones").eq(word & selected & mask)
 
-    def _read(self, m: Module) -> None:
+    def _read(self, m: Module, regions: Any, clearing: Signal) -> None:
         bus = self.s_axil
         index = Signal(CSR_ADDR_BITS - 2, reset_less=True)
         busy = Signal()
@@ -166,9 +213,18 @@ class Csr(wiring.Component):
 
         # First look the register up in every page, then choose the page and answer; a counter when it is its turn.
         looked_up, found, counter = Signal(), Signal(), Signal()
-        m.d.sync += [looked_up.eq(busy), found.eq(0), counter.eq(0)]
-        pages: dict[int, Signal] = {}
+        m.d.sync += [looked_up.eq(busy & ~clearing & ~self.region_en), found.eq(0), counter.eq(0)]
+        pages: dict[int, Signal] = {_REGION_PAGE: Signal(32, name="page_regions", reset_less=True)}
+        m.d.comb += [
+            regions.addr.eq(Mux(self.region_en, Cat(self.region_size, self.region_number), index[:_PAGE_LOG2])),
+            self.region_word.eq(regions.data),
+        ]
+        m.d.sync += pages[_REGION_PAGE].eq(regions.data)
+        with m.If(index[_PAGE_LOG2:] == _REGION_PAGE):
+            m.d.sync += found.eq(1)
         for name, register in REGISTERS.items():
+            if name in _REGION_NAMES:
+                continue
             with m.If(index == register.offset >> 2):
                 m.d.sync += found.eq(1)
             high, low = divmod(register.offset >> 2, _PAGE)

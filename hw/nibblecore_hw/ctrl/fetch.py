@@ -11,7 +11,7 @@ from nibblecore.arch.config import ArchConfig
 from nibblecore.arch.isa import HEADER, INSTRUCTION_BITS, INSTRUCTIONS, Engine
 from nibblecore.arch.regs import ErrorCause
 
-from ..layouts import INDEX_BITS, axi_read_signature, regions_layout
+from ..layouts import INDEX_BITS, axi_read_signature, region_layout
 from .decode import Decoder
 from .instructions import beat_bytes, beats_per_instruction, write_signature
 
@@ -118,7 +118,7 @@ class Fetch(wiring.Component):
         super().__init__(
             {
                 "axi": Out(axi_read_signature(arch, id_bits=id_bits)),
-                "region": In(regions_layout(arch).elem_shape),
+                "region": In(region_layout()),
                 "start_stb": In(1),
                 "stop": In(1),
                 "idle": Out(1),

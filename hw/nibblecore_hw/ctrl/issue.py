@@ -50,6 +50,8 @@ class IssueStage(wiring.Component):
         The instruction at ``head`` shall be read.
     beat, beat_stb, first_stb, known_stb : In
         Its beats: see :class:`nibblecore_hw.ctrl.instructions.InstructionMemory`.
+    prepared : In(1)
+        In the next cycle the engine has what it needs beside the word. Means something when the word is known.
     command : Out(command_signature())
         To the engine. Once offered, an instruction stays until it is accepted, also under ``hold``.
     done_stb : In(1)
@@ -85,6 +87,7 @@ class IssueStage(wiring.Component):
     beat_stb: Signal
     first_stb: Signal
     known_stb: Signal
+    prepared: Signal
     command: Any
     done_stb: Signal
     available: Signal
@@ -116,6 +119,7 @@ class IssueStage(wiring.Component):
                 "beat_stb": In(1),
                 "first_stb": In(1),
                 "known_stb": In(1),
+                "prepared": In(1, init=1),
                 "command": Out(command_signature()),
                 "done_stb": In(1),
                 "available": In(len(Engine)),
@@ -181,7 +185,9 @@ class IssueStage(wiring.Component):
         with m.If(offered):
             m.d.sync += offered.eq(~self.command.ready)
         with m.Else():
-            m.d.sync += offered.eq(known & ~missing.any() & (started != IN_FLIGHT) & (completed == 0) & ~self.hold)
+            m.d.sync += offered.eq(
+                Cat(known, self.prepared, ~missing.any(), started != IN_FLIGHT, completed == 0, ~self.hold).all()
+            )
 
         # Signal masks of what has been accepted, by slot.
         m.submodules.signals = signals = Memory(

@@ -246,11 +246,11 @@ class Supervisor(wiring.Component):
 
     def _watchdog(self, m: Module) -> Signal:
         """Returns that the time without progress is over."""
-        left = Signal(32, reset_less=True)
+        waited = Signal(32, reset_less=True)
         enabled = Signal()
         expired = Signal()
-        m.d.sync += [enabled.eq(self.watchdog != 0), left.eq(left - 1)]
+        m.d.sync += [enabled.eq(self.watchdog != 0), waited.eq(waited + 1)]
         with m.If(~self.running | self.progress | self.watchdog_stb):
-            m.d.sync += left.eq(self.watchdog)
-        m.d.comb += expired.eq(self.running & enabled & ~self.watchdog_stb & (left == 0))
+            m.d.sync += waited.eq(0)
+        m.d.comb += expired.eq(self.running & enabled & ~self.watchdog_stb & (waited == self.watchdog))
         return expired

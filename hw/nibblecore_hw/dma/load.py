@@ -11,9 +11,9 @@ from nibblecore.arch.config import ArchConfig
 from nibblecore.arch.isa import LoadTarget, Opcode
 from nibblecore.arch.regs import ErrorCause
 
-from ..layouts import axi_read_signature, command_signature, instruction_layout, regions_layout, write_port
+from ..layouts import axi_read_signature, command_signature, instruction_layout, region_layout, write_port
 from .axi import SkidBuffer, address_constants, is_error
-from .walk import BurstIssue, WordWalk, burst_words, lane_bits
+from .walk import DRAM_FIELDS, BurstIssue, WordWalk, burst_words, lane_bits
 
 __all__ = ["LoadDma"]
 
@@ -40,7 +40,7 @@ class LoadDma(wiring.Component):
       bursts and rows. R pauses for nobody else's sake where every burst has 2 words or more and ``outstanding`` bursts
       have as many beats as a burst takes from ARVALID to its last beat;
     - at most two instructions are in the engine: the next one is taken while the data of one arrive, its first address
-      follows the last of the one before by 4 cycles, and its words follow without a gap if L is not longer than the
+      follows the last of the one before by 3 cycles, and its words follow without a gap if L is not longer than the
       words that are still to come; a third one is taken in the cycle of the first one's ``done_stb``.
 
     After an error, or once ``stop`` has been seen, the engine starts no burst, takes no command and writes nothing;
@@ -55,8 +55,8 @@ class LoadDma(wiring.Component):
     -------
     command : In(command_signature())
         LOAD instructions.
-    regions : In(regions_layout(arch))
-        From the CSRs; read when an instruction is taken.
+    region : In(region_layout())
+        The region of the instruction on ``command``.
     act, weights : Out(write_port(...))
         To the buffers.
     bus : Out(axi_read_signature(arch))
@@ -75,11 +75,11 @@ class LoadDma(wiring.Component):
         For LOAD_BUS, one cycle late.
     """
 
-    AR_LATENCY = 5
+    AR_LATENCY = 4
     WRITE_LATENCY = 1
 
     command: Any
-    regions: Any
+    region: Any
     act: Any
     weights: Any
     bus: Any
@@ -98,7 +98,7 @@ class LoadDma(wiring.Component):
         super().__init__(
             {
                 "command": In(command_signature()),
-                "regions": In(regions_layout(arch)),
+                "region": In(region_layout()),
                 "act": Out(write_port(addr_bits=act_bits, word_bits=arch.word_bits, parts=arch.parts_per_brick)),
                 "weights": Out(write_port(addr_bits=weight_bits, word_bits=arch.word_bits, parts=1)),
                 "bus": Out(axi_read_signature(arch)),
@@ -129,11 +129,11 @@ class LoadDma(wiring.Component):
         waiting_valid, target = Signal(), Signal(1, reset_less=True)
         take = self.command.valid & self.command.ready
         m.d.comb += [
-            issue.regions.eq(self.regions),
             issue.enable.eq(~stopped),
             self.command.ready.eq(issue.i.ready & ~waiting_valid & ~stopped),
             issue.i.valid.eq(take),
-            *(issue.i.payload[name].eq(command[name]) for name in issue.i.payload.shape().members),
+            issue.i.payload.region.eq(self.region),
+            *(issue.i.payload[name].eq(command[name]) for name in DRAM_FIELDS),
             words.i.valid.eq(waiting_valid),
             words.i.payload.eq(waiting),
         ]
@@ -147,7 +147,7 @@ class LoadDma(wiring.Component):
                 waiting_valid.eq(1),
                 waiting_target.eq(command.target),
                 *(waiting[n].eq(command[n]) for n in ("local_addr", "local_step1", "local_step2", *words.counts)),
-                waiting.lane.eq(self.regions[command.region].base[word_log2:] + command.dram_addr),
+                waiting.lane.eq(self.region.base[word_log2:] + command.dram_addr),
                 waiting.lane_step1.eq(command.dram_step1),
                 waiting.lane_step2.eq(command.dram_step2),
             ]

@@ -18,10 +18,10 @@ from ..layouts import (
     command_signature,
     instruction_layout,
     read_port,
-    regions_layout,
+    region_layout,
 )
 from .axi import address_constants, is_error
-from .walk import BurstIssue, WordWalk, burst_words, lane_bits
+from .walk import DRAM_FIELDS, BurstIssue, WordWalk, burst_words, lane_bits
 
 __all__ = ["StoreDma"]
 
@@ -51,7 +51,7 @@ class StoreDma(wiring.Component):
       n * beats_per_word + B + 1`` cycles, where B is the number of cycles from the last beat's transfer to its
       response's;
     - a STORE that waits is taken in the cycle in which the last burst of the one before can be sent and its last word
-      is requested, whichever is later; its first address follows the last of the one before by 4 cycles at least.
+      is requested, whichever is later; its first address follows the last of the one before by 3 cycles at least.
 
     After an error, or once ``stop`` has been seen, the engine starts no burst and takes no command; bursts that are in
     flight are ended with beats that write nothing (WSTRB = 0; a beat that is being offered stays as it is). Only a
@@ -65,8 +65,8 @@ class StoreDma(wiring.Component):
     -------
     command : In(command_signature())
         STORE instructions.
-    regions : In(regions_layout(arch))
-        From the CSRs; read when an instruction is taken.
+    region : In(region_layout())
+        The region of the instruction on ``command``.
     act : Out(read_port(...))
         To the activation buffer.
     bus : Out(axi_write_signature(arch))
@@ -84,13 +84,13 @@ class StoreDma(wiring.Component):
         For STORE_BUS, one cycle late.
     """
 
-    AW_LATENCY = 5
+    AW_LATENCY = 4
     W_LATENCY = 4 + READ_LATENCY
     QUEUE_WORDS = 8
     """Words that can be read ahead."""
 
     command: Any
-    regions: Any
+    region: Any
     act: Any
     bus: Any
     done_stb: Signal
@@ -107,7 +107,7 @@ class StoreDma(wiring.Component):
         super().__init__(
             {
                 "command": In(command_signature()),
-                "regions": In(regions_layout(arch)),
+                "region": In(region_layout()),
                 "act": Out(read_port(addr_bits=ceil_log2(arch.act_depth), word_bits=arch.word_bits)),
                 "bus": Out(axi_write_signature(arch)),
                 "done_stb": Out(1),
@@ -134,11 +134,11 @@ class StoreDma(wiring.Component):
         waiting, waiting_valid = Signal(words.i.payload.shape(), reset_less=True), Signal()
         take = self.command.valid & self.command.ready
         m.d.comb += [
-            issue.regions.eq(self.regions),
             issue.enable.eq(~stopped),
             self.command.ready.eq(issue.i.ready & ~waiting_valid & ~stopped),
             issue.i.valid.eq(take),
-            *(issue.i.payload[name].eq(command[name]) for name in issue.i.payload.shape().members),
+            issue.i.payload.region.eq(self.region),
+            *(issue.i.payload[name].eq(command[name]) for name in DRAM_FIELDS),
             words.i.valid.eq(waiting_valid),
             words.i.payload.eq(waiting),
         ]

@@ -10,10 +10,11 @@ from amaranth.utils import ceil_log2
 from nibblecore.arch.config import ArchConfig
 from nibblecore.arch.isa import INSTRUCTIONS, Opcode
 
-from ..layouts import regions_layout
-from .region import REGION_BITS, RegionCheck
+from ..layouts import region_layout
+from .region import RegionCheck
 
 __all__ = [
+    "DRAM_FIELDS",
     "BurstIssue",
     "BurstWalk",
     "WordWalk",
@@ -21,11 +22,13 @@ __all__ = [
     "burst_words",
     "dram_signature",
     "lane_bits",
-    "region_layout",
 ]
 
 _FIELDS = {f.name: f for f in INSTRUCTIONS[Opcode.STORE].fields}
 _COUNTS = ("count0", "count1", "count2")
+
+# What makes the next address of a BurstWalk: the next block, row or plane of the instruction, or the first of the next.
+_BLOCK, _ROW, _FIRST, _PLANE = range(4)
 
 
 def burst_words(arch: ArchConfig) -> int:
@@ -43,15 +46,14 @@ def burst_layout(arch: ArchConfig) -> data.StructLayout:
     return data.StructLayout({"addr": arch.addr_bits, "words_m1": max(1, ceil_log2(burst_words(arch))), "last": 1})
 
 
-def region_layout() -> data.StructLayout:
-    """Base and size of a region, in bytes."""
-    return data.StructLayout({"base": REGION_BITS, "size": REGION_BITS})
+DRAM_FIELDS = ("dram_addr", *_COUNTS, "dram_step1", "dram_step2")
+"""Fields of a LOAD or STORE that say what it does on the DRAM side."""
 
 
 def dram_signature() -> stream.Signature:
-    """The DRAM side of a LOAD or STORE, as encoded; a transfer starts the instruction."""
-    names = ("region", "dram_addr", *_COUNTS, "dram_step1", "dram_step2")
-    return stream.Signature(data.StructLayout({name: _FIELDS[name].bits for name in names}))
+    """The DRAM side of a LOAD or STORE, as encoded, with its region; a transfer starts the instruction."""
+    fields = {name: _FIELDS[name].bits for name in DRAM_FIELDS}
+    return stream.Signature(data.StructLayout({"region": region_layout(), **fields}))
 
 
 class BurstWalk(wiring.Component):
@@ -59,10 +61,14 @@ class BurstWalk(wiring.Component):
 
     A burst never crosses a multiple of its largest size (``burst_beats`` beats of a word or of the bus, whichever is
     smaller; at most 4 KiB), so it never crosses 4 KiB either; an unaligned row begins with a shorter burst. Every
-    burst is checked against the region as the CSRs described it when the instruction was taken. The first one that
-    would leave it raises ``refused`` instead of ``bursts.valid``, which then stays until reset.
+    burst is checked against the region that came with the instruction. The first one that would leave it raises
+    ``refused`` instead of ``bursts.valid``, which then stays until reset.
 
-    Cycles: the first burst is offered 4 cycles after the one in which ``i`` transfers, and one every 2 cycles after
+    One adder makes all addresses. A row that does not end within a block goes on at the next block; what lies behind
+    the block's last word is counted by blocks. So the last word of a burst is that of its block or that of its row, and
+    only its place within the block is ever computed.
+
+    Cycles: the first burst is offered 3 cycles after the one in which ``i`` transfers, and one every 2 cycles after
     that while they are taken at once, across rows and planes too. The next instruction can be taken in the cycle in
     which the last burst is offered.
 
@@ -72,8 +78,6 @@ class BurstWalk(wiring.Component):
 
     Members
     -------
-    regions : In(regions_layout(arch))
-        From the CSRs.
     i : In(dram_signature())
     bursts : Out(stream.Signature(burst_layout(arch)))
     refused : Out(1)
@@ -84,7 +88,6 @@ class BurstWalk(wiring.Component):
         The regions of the instruction in progress and of the burst that is offered, for proofs.
     """
 
-    regions: Any
     i: Any
     bursts: Any
     refused: Signal
@@ -96,7 +99,6 @@ class BurstWalk(wiring.Component):
         self.arch = arch
         super().__init__(
             {
-                "regions": In(regions_layout(arch)),
                 "i": In(dram_signature()),
                 "bursts": Out(stream.Signature(burst_layout(arch))),
                 "refused": Out(1),
@@ -111,122 +113,139 @@ class BurstWalk(wiring.Component):
         low_bits = ceil_log2(burst_words(self.arch))
         m.submodules.check = check = RegionCheck(unit_bytes=self.arch.word_bytes, addr_bits=self.arch.addr_bits)
         word_log2 = ceil_log2(self.arch.word_bytes)
-        offset_bits = check.offset_bits
         take, fields = self.i.valid & self.i.ready, self.i.payload
 
-        def offset(name: str) -> Signal:
-            return Signal(offset_bits, name=name, reset_less=True)
+        def address(name: str) -> Signal:
+            """In words. Its highest bit stays once it is set, and no region reaches so far: nothing ever wraps."""
+            return Signal(check.unit_bits, name=name, reset_less=True)
 
         def register(field: str) -> Signal:
             return Signal(_FIELDS[field].bits, name=field, reset_less=True)
 
-        base = Signal(REGION_BITS, reset_less=True)
-        size = Signal(REGION_BITS, reset_less=True)
-        step1, step2, count0, count1 = (register(n) for n in ("dram_step1", "dram_step2", "count0", "count1"))
-        left0, left1, left2 = (Signal(_FIELDS[n].bits, name=f"left_{n}", reset_less=True) for n in _COUNTS)
-        here, row, plane = offset("here"), offset("row"), offset("plane")
+        step1, step2, count0, count1, count2 = (register(n) for n in ("dram_step1", "dram_step2", *_COUNTS))
+        row_number, plane_number = Signal.like(count1), Signal.like(count2)
+        here, row, plane = address("here"), address("row"), address("plane")
+        limit, aligned = Signal(check.unit_bits, reset_less=True), Signal(reset_less=True)
 
         active = Signal()
         advance = Signal()  # 0: the burst at `here` is measured, 1: the walk steps over it
-        words_m1 = Signal(max(1, low_bits), reset_less=True)
-        ends_row = Signal(reset_less=True)
-        # A burst to be checked, then one that was: `out_addr` is valid if `out_ok`.
-        found, found_last = Signal(), Signal(reset_less=True)
-        found_offset, found_end, found_words_m1 = offset("found_offset"), offset("found_end"), Signal.like(words_m1)
+        row_begins = Signal(reset_less=True)
+        # From the beginning of the block that `here` is in to the last word of the row, minus 1.
+        extent = Signal(max(low_bits, len(count0)) + 1, reset_less=True)
+        source = Signal(2, init=_FIRST)  # where the next address comes from
+        row_ends, plane_ends, last = source[0], source[1], Signal(reset_less=True)
+        # A burst that was checked: `out_addr` is valid if `out_ok`.
         out, out_ok, out_last = Signal(), Signal(reset_less=True), Signal(reset_less=True)
-        out_addr, out_words_m1 = Signal(self.arch.addr_bits, reset_less=True), Signal.like(words_m1)
+        out_addr, out_words_m1 = Signal(self.arch.addr_bits, reset_less=True), Signal(max(1, low_bits), reset_less=True)
 
-        # A burst that was found is still checked against `base` and `size`.
-        m.d.comb += self.i.ready.eq(~active & ~found)
+        # The adder: the first address, or the next block's, row's or plane's.
+        first, second, carry = address("first"), Signal(_FIELDS["dram_addr"].bits), Signal()
+        total = Signal(check.unit_bits + 1)
+        next_address = address("next_address")
+        m.d.comb += [
+            total.eq(first + second + carry),
+            next_address.eq(total | Cat(Const(0, check.unit_bits - 1), first[-1])),
+        ]
+        # All ones in the place within a block, and one more, lead to the next one.
+        block = Cat(Const(1).replicate(low_bits), here[low_bits:])
+        base = fields.region.base[word_log2:]
+        m.d.comb += [
+            first.eq(Mux(source[1], Mux(source[0], plane, base), Mux(source[0], row, block))),
+            second.eq(Mux(source[1], Mux(source[0], step2, fields.dram_addr), Mux(source[0], step1, 0))),
+            carry.eq(source == _BLOCK),
+        ]
+
+        m.d.comb += self.i.ready.eq(~active)
         with m.If(take):
-            region = self.regions[fields.region]
             m.d.sync += [
-                base.eq(region.base),
-                size.eq(region.size),
-                *(reg.eq(fields.dram_addr) for reg in (here, row, plane)),
+                limit.eq(check.limit_of(fields.region.base, fields.region.size)),
+                aligned.eq(check.is_aligned(fields.region.base)),
+                *(reg.eq(next_address) for reg in (here, row, plane)),
                 step1.eq(fields.dram_step1),
                 step2.eq(fields.dram_step2),
-                count0.eq(fields.count0),
-                count1.eq(fields.count1),
-                left0.eq(fields.count0),
-                left1.eq(fields.count1),
-                left2.eq(fields.count2),
+                *(reg.eq(fields[name]) for name, reg in zip(_COUNTS, (count0, count1, count2), strict=True)),
+                row_number.eq(0),
+                plane_number.eq(0),
                 active.eq(1),
                 advance.eq(0),
+                row_begins.eq(1),
             ]
 
-        # Words to the end of the aligned block, minus 1: its size minus 1 minus the word's number in it.
-        block_m1 = Signal(max(1, low_bits))
-        if low_bits:
-            m.d.comb += block_m1.eq(~(base[word_log2:] + here)[:low_bits])
-        ends = left0 <= block_m1
-
-        out_free = ~out | (out_ok & self.bursts.ready)
-        found_free = ~found | out_free
-        last = ends_row & (left1 == 0) & (left2 == 0)
-        with m.If(out_free):
+        # Measure.
+        now_extent = Signal.like(extent)
+        blocks_m1 = now_extent[low_bits:]
+        last_of_row = Signal(low_bits)
+        m.d.comb += [
+            # Behind the first block of a row, a block less; the place within the block stays.
+            now_extent.eq(Mux(row_begins, count0, extent) + Mux(row_begins, here[:low_bits], -(1 << low_bits))),
+            last_of_row.eq(Mux(row_ends, extent[:low_bits], ~0)),
+        ]
+        with m.If(active & ~advance):
             m.d.sync += [
-                out.eq(found),
+                extent.eq(now_extent),
+                source.eq(Mux(blocks_m1 == 0, Mux(row_number == count1, _PLANE, _ROW), _BLOCK)),
+                last.eq((blocks_m1 == 0) & (row_number == count1) & (plane_number == count2)),
+                advance.eq(1),
+            ]
+
+        # Step.
+        m.d.comb += [
+            check.first.eq(here),
+            check.last.eq(Cat(last_of_row, here[low_bits:])),
+            check.limit.eq(limit),
+            check.aligned.eq(aligned),
+        ]
+        out_free = ~out | (out_ok & self.bursts.ready)
+        with m.If(out_free):
+            m.d.sync += out.eq(0)
+        with m.If(active & advance & out_free):
+            m.d.sync += [
+                out.eq(1),
                 out_ok.eq(check.ok),
                 out_addr.eq(check.address),
-                out_words_m1.eq(found_words_m1),
-                out_last.eq(found_last),
+                out_words_m1.eq(last_of_row - here[:low_bits]),
+                out_last.eq(last),
                 self.burst_region.eq(self.region),
-                found.eq(0),
-            ]
-        with m.If(active & ~advance):
-            m.d.sync += [words_m1.eq(Mux(ends, left0, block_m1)), ends_row.eq(ends), advance.eq(1)]
-        with m.If(active & advance & found_free):
-            # No sum of an offset inside a region and a step wraps; an offset outside is found, and the walk ends.
-            next_burst = Signal(offset_bits)
-            next_row, next_plane = row + step1, plane + step2
-            m.d.comb += next_burst.eq(here + words_m1 + 1)
-            m.d.sync += [
-                found.eq(1),
-                found_offset.eq(here),
-                found_end.eq(next_burst),
-                found_words_m1.eq(words_m1),
-                found_last.eq(last),
+                here.eq(next_address),
+                row_begins.eq(row_ends),
                 advance.eq(0),
                 active.eq(~last),
             ]
-            with m.If(~ends_row):
-                m.d.sync += [here.eq(next_burst), left0.eq(left0 - words_m1 - 1)]
-            with m.Elif(left1 != 0):
-                m.d.sync += [here.eq(next_row), row.eq(next_row), left0.eq(count0), left1.eq(left1 - 1)]
-            with m.Else():
-                m.d.sync += [here.eq(next_plane), row.eq(next_plane), plane.eq(next_plane)]
-                m.d.sync += [left0.eq(count0), left1.eq(count1), left2.eq(left2 - 1)]
+            with m.If(last):
+                m.d.sync += source.eq(_FIRST)
+            with m.If(row_ends):
+                m.d.sync += [row.eq(next_address), row_number.eq(row_number + 1)]
+                with m.If(plane_ends):
+                    m.d.sync += [plane.eq(next_address), row_number.eq(0), plane_number.eq(plane_number + 1)]
 
         m.d.comb += [
-            check.base.eq(base),
-            check.size.eq(size),
-            check.offset.eq(found_offset),
-            check.end.eq(found_end),
             self.bursts.valid.eq(out & out_ok),
             self.bursts.payload.addr.eq(out_addr),
             self.bursts.payload.words_m1.eq(out_words_m1),
             self.bursts.payload.last.eq(out_last),
             self.refused.eq(out & ~out_ok),
-            self.idle.eq(~active & ~found & ~out),
-            self.region.base.eq(base),
-            self.region.size.eq(size),
+            self.idle.eq(~active & ~out),
         ]
+        with m.If(take):
+            m.d.sync += self.region.eq(fields.region)
         if platform == "formal":
-            # What induction has to know about registers: no burst leaves its aligned block, what was found is what is
-            # checked, and what was checked stays checked.
-            found_block_m1 = Signal.like(block_m1)
-            m.d.comb += found_block_m1.eq(~(base[word_log2:] + found_offset)[:low_bits] if low_bits else 0)
+            # What induction has to know about registers: nothing lies before the region, the limit is its end, a row
+            # does not end before the burst at `here` begins, and what was checked stays checked.
+            base = self.region.base[word_log2:]
             m.d.comb += [
-                Assert(~(active & advance) | (words_m1 <= block_m1)),
-                Assert(~found | (found_words_m1 <= found_block_m1)),
-                Assert(~found | (found_end == (found_offset + found_words_m1 + 1)[:offset_bits])),
+                *(Assert(~active | (reg >= base)) for reg in (here, row, plane)),
+                Assert(~active | (limit == check.limit_of(self.region.base, self.region.size))),
+                Assert(~active | (aligned == check.is_aligned(self.region.base))),
+                Assert(~active | advance | row_begins | (here[:low_bits] == 0)),
+                Assert(active | (source == _FIRST)),
+                Assert(~active | ~advance | (source != _FIRST)),
+                Assert(~active | ~advance | ~row_ends | (extent[:low_bits] >= here[:low_bits])),
             ]
             out_end = out_addr + ((out_words_m1 + 1) << word_log2)
-            limit = self.burst_region.base + self.burst_region.size
+            end = self.burst_region.base + self.burst_region.size
             with m.If(self.bursts.valid):
                 m.d.comb += [
-                    Assert((out_addr >= self.burst_region.base) & (out_end <= limit)),
+                    Assert((out_addr >= self.burst_region.base) & (out_end <= end)),
                     Assert(~out_addr[:word_log2].any()),
                     Assert(out_addr[word_log2:][:low_bits] + out_words_m1 < 1 << low_bits),
                 ]
@@ -237,7 +256,7 @@ class BurstIssue(wiring.Component):
     """:class:`BurstWalk` behind an AXI address channel, with at most ``outstanding`` bursts in flight.
 
     A burst is in flight from the edge at which ``a_valid`` is raised for it to the one with its ``finished_stb``. The
-    first address is valid 5 cycles after the one in which ``i`` transfers, and one every 2 cycles after that if
+    first address is valid 4 cycles after the one in which ``i`` transfers, and one every 2 cycles after that if
     ``a_ready`` does not wait; each cycle that it waits comes on top.
 
     Parameters
@@ -246,7 +265,7 @@ class BurstIssue(wiring.Component):
 
     Members
     -------
-    regions, i : as in :class:`BurstWalk`
+    i : as in :class:`BurstWalk`
     enable : In(1)
         0: raise no further ``a_valid``; what is raised stays until it is taken.
     a_addr, a_len, a_valid : Out
@@ -267,7 +286,6 @@ class BurstIssue(wiring.Component):
         As in :class:`BurstWalk`.
     """
 
-    regions: Any
     i: Any
     enable: Signal
     a_addr: Signal
@@ -287,7 +305,6 @@ class BurstIssue(wiring.Component):
         self.arch = arch
         super().__init__(
             {
-                "regions": In(regions_layout(arch)),
                 "i": In(dram_signature()),
                 "enable": In(1),
                 "a_addr": Out(arch.addr_bits),
@@ -313,7 +330,6 @@ class BurstIssue(wiring.Component):
         in_flight, after = Signal(range(self.arch.outstanding + 1)), Signal(range(self.arch.outstanding + 1))
         full, idle = Signal(), Signal(init=1)
         m.d.comb += [
-            walk.regions.eq(self.regions),
             walk.bursts.ready.eq(valid & self.a_ready),
             self.burst.eq(walk.bursts.payload),
             self.burst_stb.eq(walk.bursts.valid & ~valid & self.enable & ~full),
@@ -378,45 +394,50 @@ class WordWalk(wiring.Component):
     def elaborate(self, platform: Any) -> Module:
         m = Module()
         active = Signal()
-        left0, left1, left2 = (Signal(bits, name=f"left_{name}", reset_less=True) for name, bits in self.counts.items())
-        count0, count1 = (Signal(self.counts[name], name=name, reset_less=True) for name in ("count0", "count1"))
-        row_ends, plane_ends = left0 == 0, left1 == 0
-        last = row_ends & plane_ends & (left2 == 0)
         fields = self.i.payload
+        step, take = active & self.o.ready, self.i.valid & self.i.ready
+        counts = [Signal(bits, name=name, reset_less=True) for name, bits in self.counts.items()]
+        # How many words, rows and planes are behind us, and whether that makes the one at hand the last of its kind.
+        done = [Signal(bits, name=f"done_{name}", reset_less=True) for name, bits in self.counts.items()]
+        ends = [done[n] == counts[n] for n in range(3)]
+        row_ends, plane_ends, planes_end = ends
+        last = row_ends & plane_ends & planes_end
         m.d.comb += [
             self.i.ready.eq(~active | (self.o.ready & last)),
             self.o.valid.eq(active),
             self.o.payload.last.eq(last),
         ]
-        with m.If(active & self.o.ready):
-            m.d.sync += active.eq(~last)
-            m.d.sync += left0.eq(Mux(row_ends, count0, left0 - 1))
+        with m.If(step):
+            m.d.sync += [active.eq(~last), done[0].eq(done[0] + 1)]
             with m.If(row_ends):
-                m.d.sync += left1.eq(Mux(plane_ends, count1, left1 - 1))
+                m.d.sync += [done[0].eq(0), done[1].eq(done[1] + 1)]
                 with m.If(plane_ends):
-                    m.d.sync += left2.eq(left2 - 1)
-        with m.If(self.i.valid & self.i.ready):
-            m.d.sync += [
-                active.eq(1),
-                *(reg.eq(fields.count0) for reg in (left0, count0)),
-                *(reg.eq(fields.count1) for reg in (left1, count1)),
-                left2.eq(fields.count2),
-            ]
+                    m.d.sync += [done[1].eq(0), done[2].eq(done[2] + 1)]
+        with m.If(take):
+            m.d.sync += active.eq(1)
+            m.d.sync += [count.eq(fields[name]) for count, name in zip(counts, self.counts, strict=True)]
+            m.d.sync += [number.eq(0) for number in done]
         for out, first, first_step in (("addr", "local_addr", "local_step"), ("lane", "lane", "lane_step")):
             width = len(fields[first])
             here, row, plane = (
                 Signal(width, name=f"{out}_{what}", reset_less=True) for what in ("here", "row", "plane")
             )
             step1, step2 = (Signal(width, name=f"{out}_step{n}", reset_less=True) for n in (1, 2))
-            m.d.comb += self.o.payload[out].eq(here)
-            with m.If(active & self.o.ready):
-                jump = Mux(plane_ends, plane + step2, row + step1)
-                m.d.sync += here.eq(Mux(row_ends, jump, here + 1))
+            # One adder for all.
+            base, more, following = (Signal(width, name=f"{out}_{what}") for what in ("base", "more", "following"))
+            m.d.comb += [
+                base.eq(Mux(row_ends, Mux(plane_ends, plane, row), here)),
+                more.eq(Mux(row_ends, Mux(plane_ends, step2, step1), 0)),
+                following.eq(base + more + ~row_ends),
+                self.o.payload[out].eq(here),
+            ]
+            with m.If(step):
+                m.d.sync += here.eq(following)
                 with m.If(row_ends):
-                    m.d.sync += row.eq(jump)
+                    m.d.sync += row.eq(following)
                     with m.If(plane_ends):
-                        m.d.sync += plane.eq(jump)
-            with m.If(self.i.valid & self.i.ready):
+                        m.d.sync += plane.eq(following)
+            with m.If(take):
                 m.d.sync += [*(reg.eq(fields[first]) for reg in (here, row, plane))]
                 m.d.sync += [step1.eq(fields[f"{first_step}1"]), step2.eq(fields[f"{first_step}2"])]
         return m
