@@ -1,7 +1,7 @@
 """A short training that several processes share, or one does alone: ``torchrun ... data_parallel.py FOLDER``.
 
 Every process writes what it ends with as ``FOLDER/RANK.pt``. In float64, so that what is left of the order of sums is
-far below what decides about a code.
+far below what decides about a code, but for one that is as users have it.
 """
 
 import sys
@@ -42,6 +42,8 @@ CASES: dict[str, QConfig] = {
     "unfolded": QConfig(batch_norm="unfolded"),
     "folded in training": QConfig(batch_norm="folded_train"),
 }
+SINGLE = "lsq in float32"
+CASES[SINGLE] = QConfig(granularity="tensor")
 STEPS = 4
 BATCH = 8
 
@@ -58,13 +60,14 @@ class Net(nn.Module):
         return logits
 
 
-def train(qconfig: QConfig, rank: int, processes: int) -> dict[str, Any]:
+def train(case: str, rank: int, processes: int) -> dict[str, Any]:
     """What a process ends with: states, integers and losses."""
     torch.manual_seed(0)
-    model = prepare(Net(), qconfig, torch.zeros(1, 1, 6, 6)).double()
+    qconfig, dtype = CASES[case], torch.float32 if case == SINGLE else torch.float64
+    model = prepare(Net(), qconfig, torch.zeros(1, 1, 6, 6)).to(dtype)
     if qconfig.batch_norm != "folded":
         synchronize_batch_norm(model)
-    x, labels = torch.rand(STEPS + 2, BATCH, 1, 6, 6).double(), torch.arange(BATCH) % 3
+    x, labels = torch.rand(STEPS + 2, BATCH, 1, 6, 6).to(dtype), torch.arange(BATCH) % 3
     share = slice(rank, None, processes)
     calibrate(model, x[:2, share])
     steps = {name: float(q.scale().detach()) for name, q in model._quantizers().items()}
@@ -115,7 +118,7 @@ def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     try:
         rank = dist.get_rank()
-        results = {name: train(qconfig, rank, dist.get_world_size()) for name, qconfig in CASES.items()}
+        results = {case: train(case, rank, dist.get_world_size()) for case in CASES}
         torch.save(results, folder / f"{rank}.pt")
     finally:
         dist.destroy_process_group()

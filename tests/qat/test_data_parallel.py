@@ -57,17 +57,18 @@ def flat(result: Result, prefix: str = "") -> dict[str, Tensor]:
 @pytest.mark.parametrize("case", list(worker.CASES))
 def test_two_processes_train_as_one(case: str, ranks: tuple[dict[str, Result], dict[str, Result]]) -> None:
     first, second = (flat(r[case]) for r in ranks)
-    alone = flat(worker.train(worker.CASES[case], 0, 1))
+    alone = flat(worker.train(case, 0, 1))
     assert first.keys() == second.keys() == alone.keys()
     assert sum("integers" in key for key in alone) == 24
+    # All that differs from one process is the order of sums.
+    near: Any = {"rtol": 1e-9, "atol": 1e-11} if case != worker.SINGLE else {"rtol": 1e-3, "atol": 1e-5}
     for key, value in alone.items():
         if key == "losses":  # a process's own; their mean is that of the batch
-            torch.testing.assert_close((first[key] + second[key]) / 2, value, rtol=1e-9, atol=0)
+            torch.testing.assert_close((first[key] + second[key]) / 2, value, **near)
             continue
         # Weights, steps, gradients, averages, trackers: bit for bit in both processes.
         assert torch.equal(first[key], second[key]), key
         if value.is_floating_point():
-            # All that differs from one process is the order of sums, in float64.
-            torch.testing.assert_close(first[key], value, rtol=1e-9, atol=1e-11, msg=lambda m, key=key: f"{key}: {m}")
-        else:
+            torch.testing.assert_close(first[key], value, **near, msg=lambda m, key=key: f"{key}: {m}")
+        elif case != worker.SINGLE:  # there, a sum of another order may decide a tie
             assert torch.equal(first[key], value), key

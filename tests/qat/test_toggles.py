@@ -20,6 +20,7 @@ from nibblecore.qat import (
     OscillationTracker,
     QConfig,
     QuantModel,
+    bin_regularization,
     calibrate,
     convert,
     disable_fake_quant,
@@ -361,3 +362,20 @@ def test_copies_with_a_tracker_and_an_average_alive() -> None:
     ema.update(model)
     weights = [m.weight for e in (average, ema.model) for m in e.modules() if isinstance(m, QuantLayer)]
     assert not torch.equal(weights[0], weights[len(weights) // 2])
+
+
+def test_copies_while_a_regularizer_waits_for_its_gradient() -> None:
+    """The loss may have been computed on the way, in the forward pass: a copy computes its own."""
+    model, _ = small()
+    calibrate(model, [images()])
+    bin_regularization(model)
+    for _ in range(2):
+        loss = model(images()).square().sum()
+        other = copy.deepcopy(model)
+        for each in (other, pickle.loads(pickle.dumps(model)), Ema(model).model):
+            assert each.state_dict().keys() == model.state_dict().keys()
+        term, same = bin_regularization(model), bin_regularization(other)
+        torch.testing.assert_close(same, term)
+        (loss + term).backward()
+        same.backward()
+        bin_regularization(model)
