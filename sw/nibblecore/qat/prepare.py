@@ -59,7 +59,7 @@ class QuantModel(nn.Module):
         self._shapes = {graph.input: graph.input_shape, **{op.path: op.shape for op in graph.ops}}
         self._calibrated = False
         # Unregistered, as they belong to operators.
-        shared = {m.output_quantizer for m in modules.values() if isinstance(m, QuantOp)}
+        shared = dict.fromkeys(m.output_quantizer for m in modules.values() if isinstance(m, QuantOp))
         self._shared = tuple(q for q in shared if q is not None and q.parts > 1)
         for path, module in modules.items():
             parent: nn.Module = self
