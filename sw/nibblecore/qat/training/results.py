@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 
 from ... import ir
-from ...errors import CompileError, TrainingError
+from ...errors import CompileError, NibbleError
 from ...files import write_atomically
 from ..convert import convert
 from ..recipes import digits
@@ -108,6 +108,8 @@ def _cell(method: str, bits: int, seed: int, settings: tuple[str, ...], version:
         fixed += [f"bits={bits}", f"quantization.first_last_bits={bits}"]
         if method in _EVERYWHERE:
             fixed += [f"quantization.residual_bits={bits}", f"quantization.shortcut_bits={bits}"]
+        if method == "fqn":
+            fixed += [f"quantization.output_bits={bits}"]
     if method in ("float", "ptq"):
         fixed += ["qat.epochs=0"]
     name = METHOD_RECIPES["lsq" if method == "float" else method][0]
@@ -213,7 +215,7 @@ def train_cell(cell: Cell, folder: Path, float_key: str) -> dict[str, Any]:
         recipe = dataclasses.replace(recipe, float_phase=section)
     try:
         outcome = Trainer(recipe).train()
-    except TrainingError as error:
+    except NibbleError as error:
         return record | {"error": error.message, "seconds": time.process_time() - began}
     if cell.method == "float":
         tensors = {k: v.contiguous().clone() for k, v in outcome.float_model.state_dict().items()}
