@@ -4,6 +4,7 @@ Every process writes what it ends with as ``FOLDER/RANK.pt``. In float64, so tha
 far below what decides about a code, but for one that is as users have it.
 """
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from nibblecore import ir
+from nibblecore.errors import TrainingError
 from nibblecore.qat import (
     Ema,
     IaoOptions,
@@ -113,12 +115,26 @@ def train(case: str, rank: int, processes: int) -> dict[str, Any]:
     return result
 
 
+def uneven(rank: int) -> dict[str, Any]:
+    """Calibration where only the first process has batches, and where only the second one's are broken."""
+    torch.manual_seed(0)
+    model, x = prepare(Net(), QConfig(), torch.zeros(1, 1, 6, 6)), torch.rand(BATCH, 1, 6, 6)
+    calibrate(model, [] if rank else [x])
+    steps = {name: float(q.scale().detach()) for name, q in model._quantizers().items()}
+    try:
+        calibrate(model, [x, x * math.inf if rank else x])
+    except TrainingError as error:
+        return {"steps": steps, "error": str(error)}
+    return {"steps": steps, "error": ""}
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     try:
         rank = dist.get_rank()
         results = {case: train(case, rank, dist.get_world_size()) for case in CASES}
+        results["uneven"] = uneven(rank)
         torch.save(results, folder / f"{rank}.pt")
     finally:
         dist.destroy_process_group()

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from nibblecore.qat import QConfig, calibrate, prepare
+
 WORKER = Path(__file__).with_name("data_parallel.py")
 SW = Path(__file__).parents[2] / "sw"
 
@@ -72,3 +74,16 @@ def test_two_processes_train_as_one(case: str, ranks: tuple[dict[str, Result], d
             torch.testing.assert_close(first[key], value, **near, msg=lambda m, key=key: f"{key}: {m}")
         elif case != worker.SINGLE:  # there, a sum of another order may decide a tie
             assert torch.equal(first[key], value), key
+
+
+def test_uneven_calibration(ranks: tuple[dict[str, Result], dict[str, Result]]) -> None:
+    """A process without batches gets the others' steps; where one fails, none is left waiting."""
+    first, second = (r["uneven"] for r in ranks)
+    assert first["steps"] == second["steps"]
+    torch.manual_seed(0)
+    model = prepare(worker.Net(), QConfig(), torch.zeros(1, 1, 6, 6))
+    calibrate(model, [torch.rand(worker.BATCH, 1, 6, 6)])
+    assert first["steps"] == {name: float(q.scale().detach()) for name, q in model._quantizers().items()}
+    text = "Calibration batch 1 makes values at x that are not finite."
+    assert second["error"] == text
+    assert first["error"] == f"Calibration has failed in process 1: {text}"
