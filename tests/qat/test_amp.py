@@ -172,6 +172,22 @@ def test_a_gradient_scaler_skips_what_is_not_finite() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
+def test_models_in_bfloat16(name: str) -> None:
+    """Weights stored in bfloat16 are quantized, and converted, to the codes of their values."""
+    model, x = ready(name)
+    model.bfloat16().eval()
+    assert model(x.bfloat16()).dtype == torch.bfloat16
+    graph = convert(model)
+    for node in graph.nodes:
+        if isinstance(node, ir.Conv):
+            layer: Any = model.get_submodule(node.output)
+            codes = torch.from_numpy(node.weight).reshape(layer.weight.shape)
+            assert torch.equal(layer.int_weight(), codes)
+            scale = layer.scale().detach().reshape(-1, *[1] * (codes.ndim - 1))
+            assert torch.equal(layer.weight_quantizer(layer.weight).detach(), (codes * scale).bfloat16())
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
 def test_no_gradient_that_is_not_finite_is_hidden(name: str) -> None:
     """One infinite gradient of an activation inside the grid is seen in the layer's own gradients."""
     model, x = ready(name)

@@ -183,11 +183,11 @@ class QuantLayer(QuantOp, abc.ABC):
 
     def scale(self) -> Tensor:
         """Step of the weights per output channel, shape ``(out,)``."""
-        return self.weight_quantizer.scale(self.latent())
+        return self.weight_quantizer.scale(wide(self.latent()))
 
     def int_weight(self) -> Tensor:
         """What the weight buffer gets, int64, of the shape of ``weight``: nibbles or the 225 codes of 8 bits."""
-        return self.weight_quantizer.codes(self.latent())
+        return self.weight_quantizer.codes(wide(self.latent()))
 
     def _per_channel(self, values: Tensor) -> Tensor:
         """One value per output channel in the shape and type that multiply ``weight``."""
