@@ -6,6 +6,12 @@
     calibrate(model, loader)                                  # steps of the activations
     ...                                                       # your training loop
     graph = convert(model)                                    # nibblecore.ir.Graph
+
+A prepared model is an ordinary module. ``state_dict``, ``deepcopy`` and pickles work at any time; ``torch.autocast``
+leaves codes alone; ``torch.compile(model, fullgraph=True)`` takes it whole; under ``torchrun`` it trains as in one
+process (:mod:`nibblecore.qat.distributed`). Quantization and observers are switched on and off by
+:meth:`QuantModel.disable_fake_quant` and its like, by ``model.apply(disable_observer)``, or for a while by
+``with fake_quant_disabled(model, "stage2.*"):`` (:mod:`nibblecore.qat.toggles`).
 """
 
 from . import dorefa, iao, lsq, lsq_plus, pact, presets, tqt  # most of them register their methods

@@ -12,6 +12,15 @@ the whole batch, if the loss is a mean and all processes have equal shares:
   otherwise.
 - Regularizers, :class:`nibblecore.qat.OscillationTracker` and :class:`nibblecore.qat.Ema` are functions of the weights,
   which are the same everywhere.
+
+::
+
+    model = prepare(float_model, QConfig(), example_input)
+    calibrate(model, loader)                              # each process with its share
+    parallel = DistributedDataParallel(model)             # what the loop calls; model is what is averaged and saved
+    ...
+    if rank == 0:
+        graph = convert(model)
 """
 
 from typing import Any
