@@ -61,7 +61,7 @@ class CostParameters:
     fetch_start: int = 6
     fetch_interval: int = 3
     mac_start: int = 4
-    mac_prefetch: bool = True
+    mac_prefetch: bool = False
     mac_drain: int = 12
     acc_hazard: int = 4
     post_start: int = 4
