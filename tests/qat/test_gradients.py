@@ -116,8 +116,11 @@ def test_tqt(bits: int, unsigned: bool, log2_t: float) -> None:
     got, upstream, dx, gradients = run(quantizer, [u * step for u in us])
     codes = [half_up(u, low, high) for u in us]
     assert got == [c * step for c in codes]
-    assert dx == [g * (low < u < high) for g, u in zip(upstream, us, strict=True)]
-    slopes = [c - u if low < u < high else c for c, u in zip(codes, us, strict=True)]
+    # Equations 7 and 8: inside is what rounds to a code.
+    inside = [low <= math.floor(u + 0.5) <= high for u in us]
+    assert sum(i != (low < u < high) for i, u in zip(inside, us, strict=True)) >= 6
+    assert dx == [g * i for g, i in zip(upstream, inside, strict=True)]
+    slopes = [c - u if i else c for c, u, i in zip(codes, us, inside, strict=True)]
     assert gradients["log2_t"] == pytest.approx(step * math.log(2) * dot(upstream, slopes), rel=1e-12)
 
 
@@ -203,7 +206,7 @@ def test_weights_per_channel(name: str, count: str, bits: int, full_range: bool)
     n = weight.shape[1] if count == "step" else weight.numel()
     for channel, us in enumerate(quotients):
         code, g = codes[channel].tolist(), upstream[channel].tolist()
-        inside = [low < u < high for u in us]
+        inside = [low < u < high if name == "lsq" else low <= round(u) <= high for u in us]
         if bits != 8:  # of 8 bits some codes do not exist
             assert code == [max(low, min(high, round(u))) for u in us]
         assert weight.grad[channel].tolist() == [a * i for a, i in zip(g, inside, strict=True)]

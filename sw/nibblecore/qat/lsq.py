@@ -172,7 +172,7 @@ class LsqParameters(torch.autograd.Function):
         return grad_weight, torch.where(raw < 0, -grad_step, grad_step), grad_bias, *[None] * 7
 
 
-def where_inside(values: Tensor, u: Tensor, low: int, high: int) -> Tensor:
+def where_inside(values: Tensor, u: Tensor, low: float, high: float) -> Tensor:
     """``values`` where ``low < u < high``, else 0: a new tensor.
 
     It is what the backward pass of hardtanh computes, in one pass over memory and many times faster than with masks,

@@ -1,7 +1,8 @@
 """Trained quantization thresholds: TQT (Jain et al., MLSys 2020). Power-of-two steps, learned in log2 of a threshold.
 
 ``step = 2**ceil(log2 t) / 2**(bits-1)``, or over ``2**bits`` where codes are unsigned, and the rounding up passes
-gradients straight through, so that ``d v_hat / d log2 t = step * ln 2 * (code - v/step inside, code elsewhere)``.
+gradients straight through, so that ``d v_hat / d log2 t = step * ln 2 * (code - v/step inside, code elsewhere)``. What
+is inside is what *rounds* to a code (equations 7 and 8), up to half a step further than with LSQ.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .lsq import Lsq, quantize
+from .lsq import quantize, where_inside
 from .methods import METHODS, ActQuantizer, Method, MethodOptions, WeightQuantizer, check_choice
 from .powers import power_of_two
 
@@ -33,6 +34,37 @@ class TqtOptions(MethodOptions):
 
     def __post_init__(self) -> None:
         check_choice(self, "weight_threshold", ("max", "3std"))
+
+
+class Tqt(torch.autograd.Function):
+    """``step * clamp(round(v / step))``, with the gradients of the paper.
+
+    With ``u = v / step``, and inside where ``low <= round(u) <= high``::
+
+        d/dv    = 1 inside, else 0
+        d/dstep = sum(code - u inside, code elsewhere)
+
+    ``kind``, and the shapes, are those of :class:`nibblecore.qat.lsq.Lsq`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, step: Tensor, low: int, high: int, kind: str) -> Tensor:
+        u = v / step
+        code = quantize(u, low, high, kind)
+        ctx.save_for_backward(u, code, step)
+        ctx.grid = low, high, kind
+        return code * step
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        u, code, step = ctx.saved_tensors
+        low, high, kind = ctx.grid
+        nearest = torch.floor(u + 0.5) if kind == "half_up" else u.round()
+        # Integers are strictly between half ones.
+        ends = low - 0.5, high + 0.5
+        slope = code - where_inside(u, nearest, *ends)
+        return where_inside(grad, nearest, *ends), (grad * slope).sum_to_size(step.shape), None, None, None
 
 
 class ThresholdStep(torch.autograd.Function):
@@ -77,7 +109,7 @@ class TqtWeights(WeightQuantizer):
             return quantize(weight / self.scale_like(weight), self.low, self.high, self.kind).long()
 
     def fake_quantize(self, weight: Tensor) -> Tensor:
-        result: Tensor = Lsq.apply(weight, self.scale_like(weight), self.low, self.high, 1.0, self.kind)
+        result: Tensor = Tqt.apply(weight, self.scale_like(weight), self.low, self.high, self.kind)
         return result
 
 
@@ -101,7 +133,7 @@ class TqtActivations(ActQuantizer):
         self.log2_t.fill_(math.log2(threshold) if threshold > 0 else 0.0)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        result: Tensor = Lsq.apply(x, self.scale(), self.low, self.high, 1.0, "half_up")
+        result: Tensor = Tqt.apply(x, self.scale(), self.low, self.high, "half_up")
         return result
 
 
