@@ -2,14 +2,14 @@
 """Proofs about queue, semaphores and issue stage."""
 
 import pytest
-from amaranth.asserts import AnyConst
+from amaranth.asserts import AnyConst, AnySeq
 from amaranth.hdl import Assert, Assume, Cat, Cover, Module, Signal
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out, connect, flipped
 
 from nibblecore.arch.config import ArchConfig
 from nibblecore.arch.isa import Engine, Opcode
-from nibblecore_hw.ctrl.instructions import IN_FLIGHT, InstructionMemory
+from nibblecore_hw.ctrl.instructions import IN_FLIGHT, InstructionMemory, beat_layout
 from nibblecore_hw.ctrl.issue import IssueStage
 from nibblecore_hw.ctrl.queue import Queue
 from nibblecore_hw.ctrl.semaphores import MASKS, Semaphores
@@ -114,16 +114,18 @@ def test_semaphores_count_exactly() -> None:
 
 
 class IssueSpec(wiring.Component):
-    """An issue stage, with the memory of its queue, with any engine and any neighbours that keep the rules.
+    """An issue stage with any engine and any neighbours that keep the rules.
 
     Every instruction signals somebody here, so that one pulse of ``signal`` is one instruction. One instruction is
-    followed, that with any number, from its queue to its signal. An instruction is one beat, and written at any time,
-    also where nothing comes of it.
+    followed, that with any number, from its queue to its signal. An instruction is one beat.
+
+    With ``memory`` its queue is the real one, which is written at any time, also where nothing comes of it. Without,
+    it is anything that brings what was queued, whenever it likes, and whose slots are those of the pointers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, memory: bool) -> None:
         arch = ARCH.replace(bus_bits=256)
-        self.memory = InstructionMemory(arch=arch)
+        self.memory = InstructionMemory(arch=arch) if memory else None
         self.stage = IssueStage(arch=arch, engine=Engine.MAC)
         super().__init__(
             {
@@ -145,41 +147,19 @@ class IssueSpec(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         m.submodules.stage = stage = self.stage
-        m.submodules.memory = memory = self.memory
-        n = int(Engine.MAC)
-        # What lies in the slot behind the queue's last one, if anything.
-        entry, written = Signal.like(memory.write.beat), Signal()
-        asking = Signal()
+        fresh = Signal(beat_layout(ARCH.replace(bus_bits=256)))
         m.d.comb += [
             Assume(self.signal != 0),
-            memory.write.en.eq(self.write),
-            memory.write.engine.eq(n),
-            memory.write.beat.bits.eq(int(Opcode.MAC) | self.wait << 4 | self.signal << 8 | self.tag << 20),
-            memory.write.beat.index.eq(self.tag << 22 | self.tag),
-            Assume(~self.queue | (written & stage.room)),
+            fresh.bits.eq(int(Opcode.MAC) | self.wait << 4 | self.signal << 8 | self.tag << 20),
+            fresh.index.eq(self.tag << 22 | self.tag),
+            Assume(~self.queue | stage.room),
             stage.queue_stb.eq(self.queue),
-            memory.tail[n].eq(stage.tail),
-            memory.head[n].eq(stage.head),
-            memory.oldest[n].eq(stage.oldest),
-            memory.want.eq(stage.want << n),
-            memory.lookup.eq(asking),
-            memory.lookup_engine.eq(n),
-            stage.beat.eq(memory.beat),
-            stage.beat_stb.eq(memory.beat_stb[n]),
-            stage.first_stb.eq(memory.first_stb[n]),
-            stage.known_stb.eq(memory.known_stb[n]),
             stage.command.ready.eq(self.ready),
             stage.done_stb.eq(self.done_stb),
             stage.hold.eq(self.hold),
             stage.prepared.eq(self.prepared),
         ]
-        m.d.sync += asking.eq((asking | self.ask) & ~memory.index_stb)
-        with m.If(self.write):
-            m.d.sync += [entry.eq(memory.write.beat), written.eq(1)]
-        with m.If(self.queue):
-            # Fetch writes the next instruction later.
-            m.d.comb += Assume(~self.write)
-            m.d.sync += written.eq(0)
+        entry = fresh if self.memory is None else self._queue(m, self.memory, fresh)
         assert_stream_rule(m, stage.command)
         word = stage.command.payload
 
@@ -231,8 +211,24 @@ class IssueSpec(wiring.Component):
         with m.If(starts & (started == number)):
             m.d.comb += Assert(word == followed.bits, "another instruction was started")
         m.d.sync += oldest.eq(Cat((signalled == number) & (started != signalled), oldest))
-        with m.If(memory.index_stb & oldest[1]):  # it is looked up two cycles before
-            m.d.comb += Assert(memory.index == followed.index, "the oldest unfinished instruction")
+        if self.memory is None:
+            slots = len(stage.tail)
+            given = AnySeq(len(stage.beat))
+            m.d.comb += [
+                Assert(stage.tail == queued[:slots], "the slot behind the queue"),
+                Assert(stage.head == started[:slots], "the slot of the next instruction"),
+                Assert(stage.oldest == signalled[:slots], "the slot of the oldest unfinished instruction"),
+                Assert(~stage.want | (queued != started), "wants what was not queued"),
+                stage.beat.eq(given),
+                Assume(given[8:12] != 0),
+                Assume((started != number) | (given == followed.bits)),
+                *(stb.eq(self.write & stage.want) for stb in (stage.beat_stb, stage.first_stb, stage.known_stb)),
+            ]
+        else:
+            index_stb = self.memory.index_stb & oldest[1]  # it is looked up two cycles before
+            with m.If(index_stb):
+                m.d.comb += Assert(self.memory.index == followed.index, "the oldest unfinished instruction")
+            m.d.comb += Cover(index_stb & (number == 1), "the index of the second instruction")
         with m.If(signals & (signalled == number)):
             m.d.comb += Assert(stage.signal == followed.bits[8:12], "signalled something else than it should")
 
@@ -240,14 +236,47 @@ class IssueSpec(wiring.Component):
             Cover(stage.held.any() & (started - signalled == 2), "held back with another instruction in flight"),
             Cover(starts & (word[4:8] == 0b1101), "started after waiting for three"),
             Cover(started - finished == IN_FLIGHT, "all places in flight taken"),
-            Cover(memory.index_stb & oldest[1] & (number == 1), "the index of the second instruction"),
         ]
         return m
 
+    def _queue(self, m: Module, memory: InstructionMemory, fresh: Signal) -> Signal:
+        """The memory beside the stage; what lies in the slot behind the queue's last one."""
+        m.submodules.memory = memory
+        stage, n = self.stage, int(Engine.MAC)
+        entry, written, asking = Signal.like(fresh), Signal(), Signal()
+        m.d.comb += [
+            memory.write.en.eq(self.write),
+            memory.write.engine.eq(n),
+            memory.write.beat.eq(fresh),
+            Assume(~self.queue | written),
+            Assume(~self.queue | ~self.write),  # fetch writes the next instruction later
+            memory.tail[n].eq(stage.tail),
+            memory.head[n].eq(stage.head),
+            memory.oldest[n].eq(stage.oldest),
+            memory.want.eq(stage.want << n),
+            memory.lookup.eq(asking),
+            memory.lookup_engine.eq(n),
+            stage.beat.eq(memory.beat),
+            stage.beat_stb.eq(memory.beat_stb[n]),
+            stage.first_stb.eq(memory.first_stb[n]),
+            stage.known_stb.eq(memory.known_stb[n]),
+        ]
+        m.d.sync += asking.eq((asking | self.ask) & ~memory.index_stb)
+        with m.If(self.write):
+            m.d.sync += [entry.eq(fresh), written.eq(1)]
+        with m.If(self.queue):
+            m.d.sync += written.eq(0)
+        return entry
+
 
 def test_issue_stage_starts_in_order_with_its_tokens_and_signals_once() -> None:
-    prove(IssueSpec(), mode="bmc", depth=9)
+    prove(IssueSpec(memory=False), mode="bmc", depth=11)
+
+
+def test_issue_stage_with_its_memory() -> None:
+    prove(IssueSpec(memory=True), mode="bmc", depth=9)
 
 
 def test_issue_stage_spec_is_not_empty() -> None:
-    prove(IssueSpec(), mode="cover", depth=26)
+    prove(IssueSpec(memory=False), mode="cover", depth=20)
+    prove(IssueSpec(memory=True), mode="cover", depth=26)
