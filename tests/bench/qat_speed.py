@@ -33,6 +33,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from nibblecore.models.resnet8 import Block, resnet8_digits
+from nibblecore.models.resnet18 import BasicBlock, ResNet18
 from nibblecore.qat import QConfig, bin_regularization, calibrate, parameter_groups, prepare
 from nibblecore.qat.recipes import digits
 
@@ -42,46 +43,25 @@ REGULARIZED: Final = "nibblecore, bin regularization"
 BREVITAS: Final = "Brevitas"
 BREVITAS_JIT: Final = "Brevitas, JIT"
 
+WARM_UP: Final = 6
+"""Steps of each candidate before the first round. Brevitas collects statistics in five of them."""
+
 LIMIT: Final = 1.5
 """What a step may cost, in float steps."""
 REGULARIZATION_LIMIT: Final = 1.1
 """What a step with bin regularization may cost, in steps without."""
 
-BURST: Final = 3
-"""Timed steps of a candidate in a round; one more before them warms its caches and is not counted."""
-
-
-class ResNet18(nn.Module):
-    """ResNet-18 with basic blocks, as for ImageNet; 11 million parameters."""
-
-    def __init__(self, classes: int = 1000) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, 64, 7, 2, padding=3, bias=False),
-            nn.BatchNorm2d(64),
-            nn.ReLU(),
-            nn.MaxPool2d(3, 2, padding=1),
-        )
-        blocks = []
-        channels = 64
-        for width in (64, 128, 256, 512):
-            blocks += [Block(channels, width, 1 if width == channels else 2), Block(width, width, 1)]
-            channels = width
-        self.blocks = nn.Sequential(*blocks)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(channels, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(self.pool(self.blocks(self.stem(x))).flatten(1))
-        return logits
-
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """What is measured: a float network, and a batch for it."""
+    """What is measured: a float network, and a batch for it.
+
+    ``burst`` is how many steps of a candidate are timed in a round; one more before them warms its caches.
+    """
 
     title: str
     threads: int
+    burst: int
     make: Callable[[], nn.Module]
     batch: Callable[[], tuple[Tensor, Tensor]]
 
@@ -99,8 +79,8 @@ def _random_batch(count: int, size: int, classes: int) -> tuple[Tensor, Tensor]:
 
 NETWORKS: Final = {
     # The demonstration trains on one thread too, so that its results are the same everywhere.
-    "resnet8": Network("ResNet-8, digits 8x8, batch 64", 1, resnet8_digits, _digits_batch),
-    "resnet18": Network("ResNet-18, 64x64, batch 16", 2, ResNet18, lambda: _random_batch(16, 64, 1000)),
+    "resnet8": Network("ResNet-8, digits 8x8, batch 64", 1, 3, resnet8_digits, _digits_batch),
+    "resnet18": Network("ResNet-18, 64x64, batch 16", 2, 1, ResNet18, lambda: _random_batch(16, 64, 1000)),
 }
 
 Step = Callable[[], None]
@@ -184,7 +164,7 @@ def brevitas_model(float_model: nn.Module) -> nn.Module:
         return cast(nn.Module, qnn.QuantIdentity(bit_width=8, act_quant=quantizer))
 
     class QuantBlock(nn.Module):
-        def __init__(self, block: Block) -> None:
+        def __init__(self, block: Block | BasicBlock) -> None:
             super().__init__()
             self.conv1, self.bn1, self.relu1 = conv(block.conv1, 4), block.bn1, relu()
             self.conv2, self.bn2, self.quant2 = conv(block.conv2, 4), block.bn2, identity()
@@ -202,7 +182,7 @@ def brevitas_model(float_model: nn.Module) -> nn.Module:
             return result
 
     def replace(module: nn.Module) -> nn.Module:
-        if isinstance(module, Block):
+        if isinstance(module, (Block, BasicBlock)):
             return QuantBlock(module)
         if isinstance(module, nn.Conv2d):
             return conv(module, 8)  # the first
@@ -310,7 +290,7 @@ class Result:
         return low, middle, high
 
 
-def measure(name: str, *, rounds: int, threads: int | None = None, brevitas: bool = True, warm_up: int = 10) -> Result:
+def measure(name: str, *, rounds: int, threads: int | None = None, brevitas: bool = True) -> Result:
     """Run all candidates on a network, in turns."""
     network = NETWORKS[name]
     threads = threads or network.threads
@@ -338,12 +318,12 @@ def measure(name: str, *, rounds: int, threads: int | None = None, brevitas: boo
             }
         run |= {title: worker.run for title, worker in workers.items()}
         for candidate in run.values():
-            candidate(warm_up)
+            candidate(WARM_UP)
         times: dict[str, list[float]] = {title: [] for title in run}
         order = list(run)
         for _ in range(rounds):
             for title in order:
-                times[title].append(statistics.median(run[title](1 + BURST)[1:]))
+                times[title].append(statistics.median(run[title](1 + network.burst)[1:]))
             order.append(order.pop(0))
         notes = {title: worker.note for title, worker in workers.items() if worker.note}
         return Result(name, threads, times, notes)
@@ -366,14 +346,14 @@ def checks(result: Result) -> list[tuple[str, float, float]]:
 
 def report(result: Result, console: Console) -> None:
     threads = f"{result.threads} thread{'s' if result.threads > 1 else ''}"
-    rounds = len(result.rounds[FLOAT])
+    network, rounds = NETWORKS[result.network], len(result.rounds[FLOAT])
     table = Table(
-        title=f"{NETWORKS[result.network].title}: {threads}, median of {rounds} rounds of {BURST} steps",
+        title=f"{network.title}: {threads}, medians of {rounds} rounds ({network.burst} timed in each)",
         title_justify="left",
         title_style="bold",
     )
-    table.add_column("step", no_wrap=True)
-    for column in ("ms", "/ float", "quartiles", "/ ours", "quartiles"):
+    table.add_column("a step of", no_wrap=True)
+    for column in ("ms", "/ float", "quartiles", "/ nibblecore", "quartiles"):
         table.add_column(column, justify="right", no_wrap=True)
     for name in result.rounds:
         cells = []
@@ -393,12 +373,12 @@ def to_json(results: list[Result]) -> str:
     return json.dumps(
         {
             "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__},
-            "burst": BURST,
             "networks": [
                 {
                     "network": r.network,
                     "threads": r.threads,
                     "rounds": len(r.rounds[FLOAT]),
+                    "burst": NETWORKS[r.network].burst,
                     "steps": {
                         name: {
                             "median_ms": 1e3 * r.median(name),
@@ -434,7 +414,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if not options.no_brevitas and importlib.util.find_spec("brevitas") is None:
         parser.error("Brevitas is not installed; install: pip install 'nibblecore[bench]', or give --no-brevitas")
-    console = Console(stderr=options.json)
+    console = Console(stderr=options.json, width=110)
     results = []
     for name in NETWORKS if options.network == "all" else [options.network]:
         result = measure(name, rounds=options.rounds, threads=options.threads, brevitas=not options.no_brevitas)
