@@ -379,3 +379,49 @@ def test_copies_while_a_regularizer_waits_for_its_gradient() -> None:
         (loss + term).backward()
         same.backward()
         bin_regularization(model)
+
+
+class Branches(nn.Module):
+    """Two layers whose results are concatenated and so share a grid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(1, 4, 3), nn.Conv2d(1, 4, 3), nn.Conv2d(8, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(torch.cat((F.relu(self.a(x)), F.relu(self.b(x))), 1))
+        return logits
+
+
+@pytest.mark.parametrize("name", ["lsq", "iao"])
+def test_a_shared_grid_is_found_under_every_path(name: str) -> None:
+    torch.manual_seed(0)
+    model = prepare(Branches(), QConfig(method=name), torch.zeros(1, 1, 8, 8))
+    other, x = copy.deepcopy(model), images()
+    a, b = model.get_submodule("a"), model.get_submodule("b")
+    assert a.output_quantizer is b.output_quantizer
+    calibrate(model, x.split(8))
+    other.eval()
+    other.enable_observer("b")
+    other.disable_fake_quant()
+    for batch in x.split(8):
+        other(batch)
+    other.disable_observer("a")
+    other.enable_fake_quant()
+    assert steps(other) == steps(model)
+    model.eval()
+    assert torch.equal(other(x), model(x))
+    everything = enabled(model)
+    with fake_quant_disabled(model, "b", weights=False):
+        assert everything - enabled(model) == {"a.output_quantizer"}  # where it is registered
+    # Copies share it as well, and a training of both goes the same way.
+    twin = copy.deepcopy(model)
+    assert twin.get_submodule("a").output_quantizer is twin.get_submodule("b").output_quantizer
+    labels = torch.arange(16) % 2
+    for each in (model, twin):
+        each.train()
+        F.cross_entropy(each(x).mean((2, 3)), labels).backward()
+    for parameter, same in zip(model.parameters(), twin.parameters(), strict=True):
+        assert parameter.grad is not None
+        assert same.grad is not None
+        assert torch.equal(parameter.grad, same.grad)
