@@ -24,14 +24,14 @@ def test_a_small_table_and_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ticks: list[tuple[int, int, str]] = []
     cells = run_table(["ptq", "dorefa"], [4], 2, cache=cache, jobs=1, settings=QUICK, tick=lambda *t: ticks.append(t))
     assert [(c["method"], c["bits"], c["seed"]) for c in cells] == [
-        ("float", 0, 1), ("float", 0, 2), ("ptq", 4, 1), ("ptq", 4, 2), ("dorefa", 4, 1), ("dorefa", 4, 2)
+        ("float", 0, 1), ("float", 0, 2), ("ptq", 4, 1), ("dorefa", 4, 1), ("ptq", 4, 2), ("dorefa", 4, 2)
     ]  # fmt: skip
     assert ticks[-1][:2] == (6, 6)
     assert 0 < cells[2]["integer"] <= 1
     assert abs(cells[2]["integer"] - cells[2]["fake"]) < 0.02
-    assert cells[4]["integer"] is None
-    assert "DoReFa" in cells[4]["refusal"]
-    assert (cells[0]["steps"], cells[2]["steps"], cells[4]["steps"]) == (2, 0, 2)
+    assert cells[3]["integer"] is None
+    assert "DoReFa" in cells[3]["refusal"]
+    assert (cells[0]["steps"], cells[2]["steps"], cells[3]["steps"]) == (2, 0, 2)
     assert len(cache.read_text().splitlines()) == 6
     text = page(Table(cells), seeds=2)
     assert "DoReFa, 4 bits, has no integers: stem.0: Weights fit nibbles." in text

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +105,23 @@ checkpoint_steps = 2
 """
 
 
-@pytest.fixture
-def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A recipe of a network and a data set that are importable by name; 5 steps an epoch, 7 epochs in all."""
-    (tmp_path / "tiny_training.py").write_text(MODULE)
-    (tmp_path / "tiny.toml").write_text(RECIPE)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "tiny_training", raising=False)
-    return tmp_path / "tiny.toml"
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "tiny_training.py").write_text(MODULE)
+    (folder / "tiny.toml").write_text(RECIPE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield folder / "tiny.toml"
+    sys.modules.pop("tiny_training", None)
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Path) -> tuple[Outcome, Path]:
+    """A run that nothing has interrupted, and its folder."""
+    run = recipe.parent / "whole"
+    return train(recipe, run), run
 
 
 def train(recipe: Path, run: Path | None = None, *settings: str, **arguments: Any) -> Outcome:
@@ -188,8 +198,10 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("steps", [1, 3, 10, 14, 22, 25, 27, 34])
-def test_a_resumed_run_ends_with_the_same_bits(recipe: Path, tmp_path: Path, steps: int) -> None:
-    whole = train(recipe, tmp_path / "whole")
+def test_a_resumed_run_ends_with_the_same_bits(
+    recipe: Path, whole: tuple[Outcome, Path], tmp_path: Path, steps: int
+) -> None:
+    expected, folder = whole
     left = steps
 
     def tick(*_: Any) -> None:
@@ -204,12 +216,12 @@ def test_a_resumed_run_ends_with_the_same_bits(recipe: Path, tmp_path: Path, ste
     if steps < 2:  # before the first checkpoint there is nothing but the recipe
         assert [p.name for p in (tmp_path / "run").iterdir()] == ["recipe.toml"]
     outcome = resume(tmp_path / "run")
-    assert same(outcome.model, whole.model)
-    assert same(outcome.float_model, whole.float_model)
-    assert outcome.oscillation == whole.oscillation
-    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    assert same(outcome.model, expected.model)
+    assert same(outcome.float_model, expected.float_model)
+    assert outcome.oscillation == expected.oscillation
+    assert rows(tmp_path / "run") == rows(folder)
     for name in ("layers.csv", "model.ckpt", "float.safetensors"):
-        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+        assert (tmp_path / "run" / name).read_bytes() == (folder / name).read_bytes(), name
 
 
 def test_thresholds_that_freeze_resume(recipe: Path, tmp_path: Path) -> None:
@@ -229,14 +241,14 @@ def test_thresholds_that_freeze_resume(recipe: Path, tmp_path: Path) -> None:
     assert same(resume(tmp_path / "run").model, whole.model)
 
 
-def test_a_killed_process_resumes(recipe: Path, tmp_path: Path) -> None:
+def test_a_killed_process_resumes(recipe: Path, whole: tuple[Outcome, Path], tmp_path: Path) -> None:
     """SIGKILL in the middle of an epoch of the quantized phase."""
-    whole = train(recipe, tmp_path / "whole")
+    expected, folder = whole
     code = (
         "import sys; from pathlib import Path; from nibblecore.qat.training import Trainer, load_recipe; "
         "Trainer(load_recipe(sys.argv[1]), Path(sys.argv[2]), tensorboard=False).train()"
     )
-    environment = {**os.environ, "DIE_AT": "21", "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    environment = {**os.environ, "DIE_AT": "21", "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.run(
         [sys.executable, "-c", code, str(recipe), str(tmp_path / "run")], env=environment, check=False
     )
@@ -245,15 +257,14 @@ def test_a_killed_process_resumes(recipe: Path, tmp_path: Path) -> None:
     assert state["phase"] == "quantized"
     assert 0 < state["step"] < 5
     outcome = resume(tmp_path / "run")
-    assert same(outcome.model, whole.model)
-    assert (tmp_path / "run" / "model.ckpt").read_bytes() == (tmp_path / "whole" / "model.ckpt").read_bytes()
+    assert same(outcome.model, expected.model)
+    assert (tmp_path / "run" / "model.ckpt").read_bytes() == (folder / "model.ckpt").read_bytes()
 
 
 def test_a_checkpoint_is_complete_or_the_one_before(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Path, whole: tuple[Outcome, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process that dies between the bytes of a checkpoint and its name."""
-    whole = train(recipe, tmp_path / "whole")
     run, replace = tmp_path / "run", os.replace
 
     def die(source: Any, target: Any) -> None:
@@ -268,7 +279,7 @@ def test_a_checkpoint_is_complete_or_the_one_before(
             train(recipe, run)
     assert list(run.glob(f".{STATE}.*"))
     torch.load(run / STATE, weights_only=True)
-    assert same(resume(run).model, whole.model)
+    assert same(resume(run).model, whole[0].model)
     assert not list(run.glob(".*"))
 
 

@@ -156,7 +156,8 @@ def run_table(
     """
     version = code_version()
     floats = [_cell("float", 0, s, settings, version) for s in range(1, seeds + 1)]
-    cells = [_cell(m, b, s, settings, version) for b in bits for m in methods for s in range(1, seeds + 1)]
+    # Seed by seed, so that a table that was ended early is one of fewer seeds.
+    cells = [_cell(m, b, s, settings, version) for s in range(1, seeds + 1) for b in bits for m in methods]
     done = _read_cache(cache)
     total, report = len(floats) + len(cells), tick or (lambda *_: None)
     cache.parent.mkdir(parents=True, exist_ok=True)
