@@ -94,7 +94,7 @@ def code_version() -> str:
     digest = hashlib.sha256()
     shown = {"results.py", "results_page.py", "plots.py", "log.py"}
     for folder in ("arch", "frontend", "ir", "models", "qat"):
-        for file in sorted((package / folder).rglob("*.py")):
+        for file in sorted([*(package / folder).rglob("*.py"), *(package / folder).rglob("*.cpp")]):
             if file.name not in shown:
                 digest.update(f"{file.relative_to(package)}\n".encode())
                 digest.update(file.read_bytes())
