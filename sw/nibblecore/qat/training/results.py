@@ -11,6 +11,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -190,7 +191,7 @@ def _train_all(
     # Two processes with all cores each would only wait for one another.
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_the_parent) as pool:
         futures = {pool.submit(train_cell, cell, folder, floats[cell.seed]): cell for cell in cells}
         try:
             for future in concurrent.futures.as_completed(futures):
@@ -198,6 +199,18 @@ def _train_all(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _end_with_the_parent() -> None:
+    """A worker whose parent was killed would train to the end of its cell, for nobody."""
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _float_file(folder: Path, key: str) -> Path:
