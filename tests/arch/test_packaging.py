@@ -50,7 +50,7 @@ def test_metadata(wheel):
         assert "Apache License" in archive.read(f"{info}/licenses/LICENSE").decode()
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert sorted(metadata.get_all("Provides-Extra")) == ["dev", "hw", "sim", "train"]
+    assert sorted(metadata.get_all("Provides-Extra")) == ["bench", "dev", "hw", "onnx", "sim", "train"]
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert not any(name in line for line in required for name in ("torch", "amaranth", "cocotb")), required
     assert not any(" @ " in line for line in metadata.get_all("Requires-Dist")), "registries refuse direct references"
