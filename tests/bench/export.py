@@ -85,8 +85,8 @@ class Network:
 NETWORKS: Final = {
     "resnet8": Network(resnet8_digits, 1, 1, "small", 10, 3),
     "resnet18": Network(lambda: ResNet18(10), 4, 3, "large", 2, 1),
-    "mobilenet_v2": Network(mobilenet_v2_small, 2, 3, None, 4, 1),
-    "mobilenet_v3_small": Network(mobilenet_v3_small_32, 2, 3, None, 4, 1),
+    "mobilenet_v2": Network(mobilenet_v2_small, 2, 3, None, 3, 1),
+    "mobilenet_v3_small": Network(mobilenet_v3_small_32, 2, 3, None, 3, 1),
 }
 
 
@@ -130,6 +130,7 @@ def enlarge(images: Array, network: Network) -> Tensor:
 def train(network: Network, data: digits.Digits, seed: int, step: Callable[[], None]) -> QuantModel:
     """A short training: what counts here is that weights and activations look like those of a trained network."""
     torch.manual_seed(seed)
+    torch.set_num_threads(1)  # the same seed then gives the same network, whatever the number of cores
     x, labels = enlarge(data.train_images, network), torch.from_numpy(data.train_labels)
     model: nn.Module = network.factory().train()
 

@@ -4,12 +4,14 @@ import dataclasses
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from nibblecore import ir
 from nibblecore.arch.config import get_arch
@@ -17,7 +19,7 @@ from nibblecore.ir.random_graph import random_inputs, random_network
 
 
 @pytest.fixture
-def export(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def export(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The benchmark, with a training of one epoch."""
     spec = importlib.util.spec_from_file_location("bench_export", Path(__file__).with_name("export.py"))
     assert spec is not None
@@ -27,7 +29,9 @@ def export(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec.loader.exec_module(module)
     short = dataclasses.replace(module.NETWORKS["resnet8"], float_epochs=1, qat_epochs=1)
     monkeypatch.setitem(module.NETWORKS, "resnet8", short)
-    return module
+    threads = torch.get_num_threads()
+    yield module
+    torch.set_num_threads(threads)
 
 
 ARGUMENTS = ["--network", "resnet8", "--images", "6", "--workers", "1", "--json"]
