@@ -15,7 +15,7 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.14 py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup machine demo test test-all fuzz bench-synth bench-qat bench-export results lint types format pages lock clean
+.PHONY: help setup machine demo test test-all fuzz bench-synth bench-qat bench-export results lint types format pages budgets lock clean
 
 help:
 	@echo "make demo         train, compile and run a small network on the simulated core"
@@ -29,6 +29,7 @@ help:
 	@echo "make lint         ruff (rules and format)"
 	@echo "make types        mypy"
 	@echo "make pages        write hw/ISA.md, hw/CSR.md and sw/SUPPORTED.md anew"
+	@echo "make budgets      measure the area that tests allow anew"
 	@echo "make format       rewrite the sources in the project's format"
 	@echo "make lock         resolve requirements.lock anew"
 	@echo "make clean        remove caches and results, not $(VENV)"
@@ -108,6 +109,10 @@ test-all: lint types
 pages: $(STAMP)
 	$(BIN)/python -m nibblecore.arch.pages hw
 	$(BIN)/python -c 'from nibblecore.compiler.rules import supported_page; print(supported_page(), end="")' > sw/SUPPORTED.md
+
+# What tests/synth allows the hardware to cost. Make it larger only on purpose.
+budgets: $(STAMP)
+	$(BIN)/python -m nibblecore_hw.synth.budget tests/synth/budgets.json
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
