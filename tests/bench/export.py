@@ -359,10 +359,10 @@ def report(result: Result, console: Console) -> None:
             f"[{colour}]{count.mismatches:,}",
             f"{count.share:.1e}" if count.mismatches else "0",
             f"{count.most:.3g}",
-            f"{count.same_top1 / count.images:.1%}",
+            f"{count.same_top1}",
         )
     console.print(table)
-    console.print(f"differ, share, most: codes and by how many; top-1: the same class. {result.seconds:.0f} s\n")
+    console.print(f"differ, share, most: codes and by how many; top-1: images of the same class. {result.seconds:.0f} s\n")
 
 
 def to_json(results: list[Result]) -> str:
