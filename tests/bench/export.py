@@ -362,7 +362,9 @@ def report(result: Result, console: Console) -> None:
             f"{count.same_top1}",
         )
     console.print(table)
-    console.print(f"differ, share, most: codes and by how many; top-1: images of the same class. {result.seconds:.0f} s\n")
+    console.print(
+        f"differ, share, most: codes and by how many; top-1: images of the same class. {result.seconds:.0f} s\n"
+    )
 
 
 def to_json(results: list[Result]) -> str:
