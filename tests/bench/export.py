@@ -345,16 +345,16 @@ def measure(name: str, *, seed: int, images: int, workers: int, progress: Progre
 
 def report(result: Result, console: Console) -> None:
     how = ", ".join(f"{count} in {kind}" for kind, count in sorted(result.exactness.items()))
-    table = Table(title=f"{result.network}: {result.layers} layers ({how} in ONNX), accuracy {result.accuracy:.2%}",
-                  title_justify="left", title_style="bold")  # fmt: skip
+    images = max(count.images for count in result.counts.values())
+    title = f"{result.network}: {result.layers} layers ({how} in ONNX), {images} images, accuracy {result.accuracy:.2%}"
+    table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("integers beside", no_wrap=True)
-    for column in ("images", "values", "differ", "share", "most", "top-1"):
+    for column in ("values", "differ", "share", "most", "top-1"):
         table.add_column(column, justify="right", no_wrap=True)
     for kind, count in result.counts.items():
         colour = "green" if not count.mismatches else "red" if kind in EQUAL else "yellow"
         table.add_row(
             kind,
-            f"{count.images}",
             f"{count.values:,}",
             f"[{colour}]{count.mismatches:,}",
             f"{count.share:.1e}" if count.mismatches else "0",
