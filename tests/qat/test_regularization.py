@@ -248,3 +248,18 @@ def test_the_first_update_without_history() -> None:
     ):
         with pytest.raises(ValueError, match=text):
             Ema(model, **arguments)  # type: ignore[arg-type]
+
+
+def test_frozen_weights_do_not_oscillate() -> None:
+    model = network()
+    tracker = OscillationTracker(model, momentum=0.5)
+    (name, layer), *_ = tracker.layers.items()
+    step = layer.weight_quantizer.scale_like(layer.weight)
+    for code in (0.0, 1.0, 0.0, 1.0):
+        with torch.no_grad():
+            layer.weight.copy_(code * step.expand_as(layer.weight))
+        tracker.step()
+    assert tracker.rate() > 0
+    tracker.step(threshold=0.1)
+    assert tracker.frozen() > 0
+    assert tracker.rate() == 0

@@ -192,8 +192,11 @@ class OscillationTracker:
         layer.weight.copy_(torch.where(state["frozen"], layer.from_latent(level), layer.weight))
 
     def rate(self, frequency: float = 0.005) -> float:
-        """Share of tracked weights that oscillate more often than ``frequency``, 0..1."""
-        return self._share(lambda s: s["frequency"] > frequency)
+        """Share of tracked weights that oscillate more often than ``frequency``, 0..1.
+
+        Frozen weights do not, although the average of their past takes hundreds of steps to say so.
+        """
+        return self._share(lambda s: (s["frequency"] > frequency) & ~s["frozen"])
 
     def frozen(self) -> float:
         """Share of tracked weights that are frozen, 0..1."""
