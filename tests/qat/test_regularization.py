@@ -253,7 +253,7 @@ def test_the_first_update_without_history() -> None:
 def test_frozen_weights_do_not_oscillate() -> None:
     model = network()
     tracker = OscillationTracker(model, momentum=0.5)
-    (name, layer), *_ = tracker.layers.items()
+    layer = next(iter(tracker.layers.values()))
     step = layer.weight_quantizer.scale_like(layer.weight)
     for code in (0.0, 1.0, 0.0, 1.0):
         with torch.no_grad():
