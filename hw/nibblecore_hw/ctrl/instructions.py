@@ -171,7 +171,8 @@ class InstructionMemory(wiring.Component):
         given_first, given_known = Signal(reset_less=True), Signal(reset_less=True)
 
         whose = Signal(len(Engine))
-        m.d.comb += whose.eq((given << given_engine)[: len(Engine)])
+        # Not a shift: in simulation, one by an amount that is not known yet makes all bits unknown, those of a 0 too.
+        m.d.comb += [whose[int(e)].eq(given & (given_engine == int(e))) for e in Engine]
         open_wants = Signal(len(Engine))
         m.d.comb += [
             open_wants.eq(self.want & ~whose),  # what is just arriving is not wanted twice
