@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from nibblecore.models.resnet8 import Block, resnet8_digits
-from nibblecore.models.resnet18 import BasicBlock, ResNet18
+from nibblecore.models.resnet18 import ResNet18
 from nibblecore.qat import QConfig, bin_regularization, calibrate, parameter_groups, prepare
 from nibblecore.qat.recipes import digits
 
@@ -165,7 +165,7 @@ def brevitas_model(float_model: nn.Module) -> nn.Module:
         return cast(nn.Module, qnn.QuantIdentity(bit_width=8, act_quant=quantizer))
 
     class QuantBlock(nn.Module):
-        def __init__(self, block: Block | BasicBlock) -> None:
+        def __init__(self, block: Block) -> None:
             super().__init__()
             self.conv1, self.bn1, self.relu1 = conv(block.conv1, 4), block.bn1, relu()
             self.conv2, self.bn2, self.quant2 = conv(block.conv2, 4), block.bn2, identity()
@@ -183,7 +183,7 @@ def brevitas_model(float_model: nn.Module) -> nn.Module:
             return result
 
     def replace(module: nn.Module) -> nn.Module:
-        if isinstance(module, (Block, BasicBlock)):
+        if isinstance(module, Block):
             return QuantBlock(module)
         if isinstance(module, nn.Conv2d):
             return conv(module, 8)  # the first

@@ -1,6 +1,7 @@
 """Running the tools: netlist once, placement and routing per seed, every result kept by the hash of what made it."""
 
 import dataclasses
+import functools
 import gzip
 import hashlib
 import importlib.metadata
@@ -359,7 +360,7 @@ def synthesize(
                 router=router,
                 frequency_mhz=frequency_mhz or device.frequency_mhz,
                 what=f"{arch.name} ({part})",
-                report=lambda text, place=place: report(f"{place}: {text}"),  # type: ignore[misc] # a default in a lambda
+                report=functools.partial(_tell, report, place),
             )
             routed.append(result)
             usage, cached = usage + _Usage(**result["usage"]), cached and known
@@ -386,6 +387,10 @@ def synthesize(
         peak_memory_mb=usage.peak_memory_mb,
         cached=cached,
     )
+
+
+def _tell(report: Callable[[str], None], place: str, text: str) -> None:
+    report(f"{place}: {text}")
 
 
 def _harness_sites(cells: dict[str, int], device: FpgaDevice) -> int:

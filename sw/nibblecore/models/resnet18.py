@@ -2,26 +2,7 @@
 
 from torch import Tensor, nn
 
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut; where the shape changes, that is a 1x1 convolution (option B)."""
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out_channels)
-        self.relu = nn.ReLU()
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or in_channels != out_channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+from .resnet8 import Block
 
 
 class ResNet18(nn.Module):
@@ -52,7 +33,7 @@ class ResNet18(nn.Module):
         previous = channels[0]
         for index, count in enumerate(channels):
             stages.append(
-                nn.Sequential(BasicBlock(previous, count, 1 if index == 0 else 2), BasicBlock(count, count, 1))
+                nn.Sequential(Block(previous, count, 1 if index == 0 else 2), Block(count, count, 1))
             )
             previous = count
         self.stages = nn.Sequential(*stages)
