@@ -32,9 +32,7 @@ class ResNet18(nn.Module):
         stages = []
         previous = channels[0]
         for index, count in enumerate(channels):
-            stages.append(
-                nn.Sequential(Block(previous, count, 1 if index == 0 else 2), Block(count, count, 1))
-            )
+            stages.append(nn.Sequential(Block(previous, count, 1 if index == 0 else 2), Block(count, count, 1)))
             previous = count
         self.stages = nn.Sequential(*stages)
         self.average = nn.AdaptiveAvgPool2d(1)
