@@ -92,6 +92,11 @@ def pass_cycles(arch: ArchConfig, pixels: int, cost: CostParameters = DEFAULT_CO
     return max(pixels, arch.columns, cost.acc_hazard)
 
 
+def free_pass_cycles(arch: ArchConfig, pixels: int, cost: CostParameters = DEFAULT_COST) -> int:
+    """:func:`pass_cycles` if weights were loaded in no time: what is more is lost to loading."""
+    return max(pixels, cost.acc_hazard)
+
+
 def mac_gap(arch: ArchConfig, cost: CostParameters = DEFAULT_COST) -> int:
     """Cycles between the last pixel's slot of one MAC and the first pixel of the next."""
     return 0 if cost.mac_prefetch else arch.columns
