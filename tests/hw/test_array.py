@@ -74,7 +74,9 @@ def test_accumulators_equal_the_model_at_the_hazard_distance(seed: int) -> None:
     rng = random.Random(seed)
     arch = config(columns=(4, 8, 2)[seed], acc_bits=24 + seed)
     columns, groups = arch.columns, arch.columns // arch.post_lanes
-    dut = Accumulators(arch, sum_bits=12, latency=1 + 2 * seed)
+    # Groups may be later than their neighbours by any number of cycles.
+    latencies = [1 + 2 * seed + group + 3 * (group >= groups // 2) * (seed % 2) for group in range(groups)]
+    dut = Accumulators(arch, sum_bits=12, latencies=latencies)
     acc = [[[0] * columns for _ in range(arch.acc_depth)] for _ in range(2)]
     orders: list[dict[str, int] | None] = []
     sums: list[list[int]] = []
@@ -112,7 +114,7 @@ def test_accumulators_equal_the_model_at_the_hazard_distance(seed: int) -> None:
                     cells[column], product, overwrite=bool(order["overwrite"]), shift=order["shift"]
                 )
     done: list[int] = []
-    latency = dut.done_latency - groups - 2
+    assert dut.done_latency == latencies[-1] + 3
     read: list[list[list[int]]] = [[[] for _ in range(arch.acc_depth)] for _ in range(2)]
 
     async def bench(ctx: Any) -> None:
@@ -120,7 +122,7 @@ def test_accumulators_equal_the_model_at_the_hazard_distance(seed: int) -> None:
             order = orders[cycle] if cycle < len(orders) else None
             ctx.set(dut.control, order or {"valid": 0, "addr": 3, "bank": 1, "overwrite": 1, "shift": 2, "end": 1})
             for column in range(columns):
-                source = cycle - latency - column // arch.post_lanes
+                source = cycle - latencies[column // arch.post_lanes]
                 if 0 <= source < len(sums):
                     ctx.set(dut.sums[column], sums[source][column])
             _, _, stb = await ctx.tick().sample(dut.done_stb)
@@ -146,12 +148,14 @@ def test_accumulators_equal_the_model_at_the_hazard_distance(seed: int) -> None:
 
 def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape('sum_bits must be in 1..24, not 25')}$"):
-        Accumulators(config(), sum_bits=25, latency=1)
-    with pytest.raises(ValueError, match="^latency must be at least 1, not 0$"):
-        Accumulators(config(), sum_bits=12, latency=0)
+        Accumulators(config(), sum_bits=25, latencies=[1, 2])
+    for latencies in ([0, 1], [1, 2, 3]):
+        text = f"latencies must be 2 numbers of at least 1, not {latencies}"
+        with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+            Accumulators(config(), sum_bits=12, latencies=latencies)
     for make in (
         lambda: SystolicArray(config(), technology="gowin"),
-        lambda: Accumulators(config(), sum_bits=12, latency=1, technology="gowin"),
+        lambda: Accumulators(config(), sum_bits=12, latencies=[1, 2], technology="gowin"),
         lambda: EitherAdder(bits=4, technology="gowin"),
     ):
         with pytest.raises(ValueError, match="^technology must be one of generic, ecp5, not 'gowin'$"):

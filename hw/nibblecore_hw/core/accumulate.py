@@ -2,6 +2,7 @@
 
 import functools
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 from amaranth import Cat, Module, Mux, Signal, signed, unsigned
@@ -81,8 +82,8 @@ def control_layout(arch: ArchConfig) -> data.StructLayout:
 class Accumulators(wiring.Component):
     """Two banks of ``acc_depth`` accumulators per column, which add up what the array sends.
 
-    Cycle ``k`` being that of ``control``, the sums of group ``g`` are taken in cycle ``k + latency + g``; the memory of
-    the group holds the result from cycle ``k + latency + g + 3`` on. One pixel per cycle.
+    Cycle ``k`` being that of ``control``, group ``g`` takes its sums in cycle ``k + latencies[g]``, and the memory of
+    the group holds the result from cycle ``k + latencies[g] + 3`` on. One pixel per cycle.
     Between two pixels with the same address and bank must lie at least :attr:`HAZARD` cycles, which is for the
     sequencer to ensure; otherwise the second one adds to an outdated value.
 
@@ -98,8 +99,8 @@ class Accumulators(wiring.Component):
         ``columns``, ``post_lanes``, ``acc_bits`` and ``acc_depth`` count.
     sum_bits : int
         Width of the array's sums, at most ``acc_bits``.
-    latency : int
-        Cycles from ``control`` to the sums of group 0, at least 1 (:attr:`SystolicArray.latency`).
+    latencies : sequence of int
+        Cycles from ``control`` to the sums of each group, at least 1 (:attr:`SystolicArray.latencies`).
     technology : {"generic", "ecp5"}
         Primitives that may be instantiated.
 
@@ -114,7 +115,7 @@ class Accumulators(wiring.Component):
     Raises
     ------
     ValueError
-        If ``sum_bits`` or ``latency`` is out of range, or the technology is unknown.
+        If ``sum_bits`` or ``latencies`` is out of range, or the technology is unknown.
     """
 
     HAZARD = 4
@@ -124,13 +125,16 @@ class Accumulators(wiring.Component):
     read: Any
     done_stb: Signal
 
-    def __init__(self, arch: ArchConfig, *, sum_bits: int, latency: int, technology: str = "generic") -> None:
+    def __init__(
+        self, arch: ArchConfig, *, sum_bits: int, latencies: Sequence[int], technology: str = "generic"
+    ) -> None:
         if not 1 <= sum_bits <= arch.acc_bits:
             raise ValueError(f"sum_bits must be in 1..{arch.acc_bits}, not {sum_bits}")
-        if latency < 1:
-            raise ValueError(f"latency must be at least 1, not {latency}")
+        groups = arch.columns // arch.post_lanes
+        if len(latencies) != groups or min(latencies) < 1:
+            raise ValueError(f"latencies must be {groups} numbers of at least 1, not {list(latencies)}")
         self._arch = arch
-        self._latency = latency
+        self._latencies = tuple(latencies)
         self._technology = check_technology(technology)
         super().__init__(
             {
@@ -144,15 +148,15 @@ class Accumulators(wiring.Component):
     @property
     def done_latency(self) -> int:
         """Cycles from ``control`` to ``done_stb``."""
-        return self._latency + self._arch.columns // self._arch.post_lanes + 2
+        return max(self._latencies) + 3
 
     def elaborate(self, platform: Any) -> Module:
         m = Module()
         arch = self._arch
         groups = arch.columns // arch.post_lanes
 
-        # delayed[i] is the control of i cycles ago. One line serves all groups, each of which taps it a cycle later
-        # than the one before. Only what says that something is to be done needs a reset.
+        # delayed[i] is the control of i cycles ago. One line serves all groups, each of which taps it where its sums
+        # arrive. Only what says that something is to be done needs a reset.
         delayed: list[data.View] = [self.control]
         for i in range(1, self.done_latency + 1):
             flags = Signal(2, name=f"flags{i}")
@@ -169,7 +173,7 @@ class Accumulators(wiring.Component):
         drains: list[Signal] = []
         word = data.ArrayLayout(signed(arch.acc_bits), arch.post_lanes)
         for group in range(groups):
-            arrival = self._latency + group
+            arrival = self._latencies[group]
             # The memory's word and the sum to be added to it stand side by side in the cycle of delayed[arrival];
             # what is to happen to them is decided one before.
             begin, end = delayed[arrival - 1], delayed[arrival + 2]

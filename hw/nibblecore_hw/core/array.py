@@ -90,6 +90,11 @@ class SystolicArray(wiring.Component):
         return 1 + self._elements[0].latency
 
     @property
+    def latencies(self) -> tuple[int, ...]:
+        """Cycles from ``activations`` to the sums of each group."""
+        return tuple(self.latency + group for group in range(self._arch.columns // self._arch.post_lanes))
+
+    @property
     def sum_bits(self) -> int:
         """Width of a sum."""
         return len(self._elements[0].sum)

@@ -98,7 +98,7 @@ class MacEngine(wiring.Component):
         self._arch = arch
         self._array = SystolicArray(arch, technology=technology)
         self._accumulators = Accumulators(
-            arch, sum_bits=self._array.sum_bits, latency=self._array.latency, technology=technology
+            arch, sum_bits=self._array.sum_bits, latencies=self._array.latencies, technology=technology
         )
         super().__init__(
             {
