@@ -2,19 +2,25 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import typer
 
-from nibblecore.arch.config import ArchConfig, get_arch
+from nibblecore.arch.config import ELEMENT_WEIGHT_RANGE, ArchConfig, get_arch
 from nibblecore.cli.console import ARCH_OPTION, ERR, JSON_OPTION, OUT, print_json, require_output_folder, say, table
+from nibblecore.errors import ConfigError
 from nibblecore.files import write_atomically
 
 from .parts import PARTS, build_part
 from .synth.devices import DEVICES, get_device
 
 ELEMENT_OPTION = typer.Option(
-    None, "--element", help="Processing element instead of the core's own: generic, bitplane."
+    None, "--element", help=f"Processing element instead of the core's own: {', '.join(ELEMENT_WEIGHT_RANGE)}."
+)
+SET_OPTION = typer.Option(
+    None, "--set", "-s", metavar="FIELD=VALUE", help="Change a field of the core: act_depth=2048; repeatable."
 )
 
 
@@ -24,14 +30,38 @@ def register(app: typer.Typer) -> None:
     app.command("synth")(synth)
 
 
-def _arch(name: str, element: str | None) -> ArchConfig:
+def changed_arch(name: str, element: str | None, settings: Sequence[str] | None = None) -> ArchConfig:
+    """The named core with the options' changes; :class:`ConfigError` says what is no field or no value of it."""
     arch = get_arch(name)
-    return arch if element is None else arch.replace(element=element)
+    changes: dict[str, Any] = {} if element is None else {"element": element}
+    for text in settings or ():
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set takes FIELD=VALUE, not {text!r}")
+        known = arch.to_dict()
+        if key not in known or key == "name":
+            raise ConfigError(f"a core has no field {key!r}; it has {', '.join(k for k in known if k != 'name')}")
+        changes[key] = _value(key, value, type(known[key]))
+    return arch.replace(**changes)
+
+
+def _value(key: str, text: str, kind: type) -> Any:
+    if kind is str:
+        return text
+    if kind is bool:
+        if text not in ("true", "false"):
+            raise ConfigError(f"{key} must be true or false, not {text!r}")
+        return text == "true"
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"{key} must be an integer, not {text!r}") from None
 
 
 def verilog(
     arch: str = ARCH_OPTION,
     element: str | None = ELEMENT_OPTION,
+    settings: list[str] | None = SET_OPTION,
     output: Path = typer.Option(..., "--output", "-o", help="File to write."),
     module: str = typer.Option("nibblecore", "--module", help="Name of the top module."),
     as_json: bool = JSON_OPTION,
@@ -40,7 +70,7 @@ def verilog(
     from .top import Accelerator
     from .verilog import to_verilog
 
-    config = _arch(arch, element)
+    config = changed_arch(arch, element, settings)
     path = require_output_folder(output)
     say(f"elaborating {config.name} ({config.lanes}x{config.columns}, {config.element})", quiet=as_json)
     text = to_verilog(Accelerator(config), name=module)
@@ -54,6 +84,7 @@ def verilog(
 def synth(
     arch: str = ARCH_OPTION,
     element: str | None = ELEMENT_OPTION,
+    settings: list[str] | None = SET_OPTION,
     device: str = typer.Option("ecp5-85k", "--device", "-d", help=f"FPGA: {', '.join(DEVICES)}."),
     part: str = typer.Option("core", "--part", help=f"{', '.join(PARTS)}."),
     seeds: int = typer.Option(1, "--seeds", min=1, help="Placement seeds; best and median are printed."),
@@ -69,7 +100,7 @@ def synth(
     """
     from .synth.run import synthesize
 
-    config = _arch(arch, element)
+    config = changed_arch(arch, element, settings)
     fpga = get_device(device)
     component = build_part(part, config, technology=fpga.technology)
     began = time.monotonic()
@@ -94,9 +125,9 @@ def synth(
         result.add_row("single-port RAMs", str(report.spram), f"{report.spram / fpga.spram:.1%}")
     result.add_row("multipliers", str(report.dsp), f"{report.dsp / fpga.dsp:.1%}")
     result.add_row("sites per MAC", f"{report.sites_per_mac:.1f}", "")
-    result.add_row(
-        "Fmax, best / median", f"{report.fmax_mhz:.1f} / {report.fmax_median_mhz:.1f} MHz", f"{seeds} seed(s)"
-    )
+    for clock, mhz in report.clocks.items():
+        figures = f"{mhz['fmax_mhz']:.1f} / {mhz['fmax_median_mhz']:.1f} MHz"
+        result.add_row(f"Fmax of {clock}, best / median", figures, f"{seeds} seed(s)")
     result.add_row(
         "tools", f"{report.seconds:.0f} s", f"{report.peak_memory_mb:.0f} MB{', kept' if report.cached else ''}"
     )

@@ -14,6 +14,7 @@ from amaranth.lib.wiring import In, Out
 
 from nibblecore.arch.config import get_arch
 from nibblecore.errors import ConfigError, ToolchainError
+from nibblecore_hw.commands import changed_arch
 from nibblecore_hw.parts import PARTS, build_part
 from nibblecore_hw.synth import run
 from nibblecore_hw.synth.devices import DEVICES, get_device
@@ -22,6 +23,7 @@ from nibblecore_hw.verilog import to_verilog
 KEYS = {
     *("arch", "device", "part", "element", "lut", "ff", "lutram", "bram", "spram", "dsp", "sites_per_mac"),
     *("fmax_mhz", "fmax_median_mhz", "critical_path", "seconds", "peak_memory_mb", "cached"),
+    *("clocks", "seeds", "cells"),
 }
 
 
@@ -68,6 +70,9 @@ def test_report_of_each_family(name: str) -> None:
     assert report.bram in (1, 2)  # 8 Kbit: two of the iCE40's
     assert 32 <= report.ff <= 64
     assert report.fmax_mhz >= report.fmax_median_mhz > 20
+    assert report.clocks == {"clk": {"fmax_mhz": report.fmax_mhz, "fmax_median_mhz": report.fmax_median_mhz}}
+    assert report.seeds == 2
+    assert sum(report.cells.values()) > 32
     assert report.critical_path
     assert all(step.split()[1] == "ns" for step in report.critical_path)
     assert said[0] == "writing Verilog, Yosys"
@@ -85,15 +90,18 @@ def test_every_seed_and_frequency_is_a_result_of_its_own(own_cache: Path) -> Non
     assert len(list((own_cache / "synth").glob("netlist-*.gz"))) == 1
 
 
-def test_a_design_that_does_not_fit_is_told_by_how_much() -> None:
+def test_a_design_that_does_not_fit_is_told_by_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
     device = dataclasses.replace(get_device("up5k"), lut=40, bram=1)
     text = (
         r"^tiny \(core\) does not fit up5k: it takes \d\d+ of 40 LUT4 sites \(\d+%\) and 2 of 1 block RAMs \(200%\)\.\n"
         r"Lower lanes or columns \(the array\), or post_lanes, and act_depth, weight_depth or acc_depth; "
         r"or take a larger device\.$"
     )
-    with pytest.raises(ToolchainError, match=text):
-        run.synthesize(Multiplier(), get_arch("tiny"), device)
+    for _ in range(2):  # the second time without the tools
+        with pytest.raises(run.DoesNotFit, match=text) as caught:
+            run.synthesize(Multiplier(), get_arch("tiny"), device)
+        assert caught.value.over["bram"] == 2
+        monkeypatch.setattr(run, "_tool", None)
 
 
 def test_a_failing_tool_says_its_own_error_and_leaves_its_log(own_cache: Path) -> None:
@@ -125,3 +133,24 @@ def test_the_command_prints_one_object() -> None:
     values = json.loads(result.stdout)
     assert set(values) == KEYS
     assert values["part"] == "requantizer"
+
+
+@pytest.mark.parametrize(
+    ("setting", "text"),
+    [
+        ("act_depth", r"^--set takes FIELD=VALUE, not 'act_depth'$"),
+        ("depth=3", r"^a core has no field 'depth'; it has lanes, columns, .*, counters$"),
+        ("name=other", r"^a core has no field 'name'; it has lanes, .*$"),
+        ("columns=many", r"^columns must be an integer, not 'many'$"),
+        ("counters=1", r"^counters must be true or false, not '1'$"),
+        ("columns=3", r"^columns must be a power of two, not 3$"),
+    ],
+)
+def test_a_setting_that_is_none(setting: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        changed_arch("small", None, [setting])
+
+
+def test_settings_change_the_core() -> None:
+    core = changed_arch("small", "generic", ["columns=32", "counters=false", "act_memory=single"])
+    assert core == get_arch("small").replace(element="generic", columns=32, counters=False, act_memory="single")

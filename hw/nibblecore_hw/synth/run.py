@@ -60,7 +60,13 @@ class SynthReport:
     sites_per_mac : float
         ``(lut + 2 * lutram) / MACs per cycle``.
     fmax_mhz, fmax_median_mhz : float
-        After routing, best and median of the seeds.
+        After routing, best and median of the seeds; of the slowest clock, where there are several.
+    clocks : dict
+        The same for every clock: its name to ``{"fmax_mhz", "fmax_median_mhz"}``.
+    seeds : int
+        How many placements were made.
+    cells : dict
+        What Yosys made of the component, before placement: cells by type.
     critical_path : list of str
         Of the best seed, each hop with its delay and the component's own name.
     seconds, peak_memory_mb : float
@@ -85,7 +91,35 @@ class SynthReport:
     critical_path: list[str]
     seconds: float
     peak_memory_mb: float
+    clocks: dict[str, dict[str, float]]
+    seeds: int
+    cells: dict[str, int]
     cached: bool
+
+
+class DoesNotFit(ToolchainError):
+    """A design that takes more of something than the device has.
+
+    Parameters
+    ----------
+    what : str
+        The design, for the message.
+    device : FpgaDevice
+    over : dict
+        What there is too little of, as in :class:`SynthReport`, to what the design takes.
+    """
+
+    def __init__(self, what: str, device: FpgaDevice, over: dict[str, int]) -> None:
+        self.over = over
+        there = {name: getattr(device, name) for name in over}
+        excess = [
+            f"{n:,} of {there[name]:,} {_NAMES[name]}" + (f" ({n / there[name]:.0%})" if there[name] else "")
+            for name, n in over.items()
+        ]
+        super().__init__(
+            f"{what} does not fit {device.name}: it takes {' and '.join(excess)}.",
+            hint=f"Lower {', and '.join(_WHAT_TO_LOWER[name] for name in over)}; or take a larger device.",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -254,17 +288,9 @@ class _Watcher:
             break
 
     def _check(self, used: dict[str, tuple[int, int]]) -> None:
-        over = []
-        for name, kinds in self.device.cells.items():
-            needed = sum(used.get(kind, (0, 0))[0] for kind in kinds)
-            there: int = getattr(self.device, name)
-            if needed > there:
-                over.append((name, f"{needed:,} of {there:,} {_NAMES[name]} ({needed / there:.0%})"))
-        if over:
-            raise ToolchainError(
-                f"{self.what} does not fit {self.device.name}: it takes {' and '.join(text for _, text in over)}.",
-                hint=f"Lower {', and '.join(_WHAT_TO_LOWER[name] for name, _ in over)}; or take a larger device.",
-            )
+        needed = {name: sum(used.get(kind, (0, 0))[0] for kind in kinds) for name, kinds in self.device.cells.items()}
+        if over := {name: n for name, n in needed.items() if n > getattr(self.device, name)}:
+            raise DoesNotFit(self.what, self.device, over)
 
 
 def _route(
@@ -284,13 +310,20 @@ def _route(
     key = _key(netlist=netlist.key, options=options, pins=device.constraints(), tool=_version(device.nextpnr))
     kept = cache_dir() / "synth" / f"route-{key}.json"
     if kept.exists():
-        return json.loads(kept.read_text()), True
+        known: dict[str, Any] = json.loads(kept.read_text())
+        if over := known.get("over"):
+            raise DoesNotFit(what, device, over)
+        return known, True
     if not (folder / "top.json").exists():
         (folder / "top.json").write_bytes(gzip.decompress(netlist.packed.read_bytes()))
     (folder / "pins.cst").write_text(device.constraints())
     watcher = _Watcher(device, what, report)
     command = [device.nextpnr, *options, "--json", "top.json", "--report", f"report{seed}.json"]
-    usage = _tool(command, folder, f"nextpnr{seed}.log", watcher)
+    try:
+        usage = _tool(command, folder, f"nextpnr{seed}.log", watcher)
+    except DoesNotFit as error:
+        write_atomically(kept, json.dumps({"over": error.over}).encode())
+        raise
     result = json.loads((folder / f"report{seed}.json").read_text())
     content = {
         "fmax": {clock: values["achieved"] for clock, values in result["fmax"].items()},
@@ -338,7 +371,9 @@ def synthesize(
     Raises
     ------
     ToolchainError
-        A tool is missing or fails, with its own words; a design that does not fit, with what it takes.
+        A tool is missing or fails, with its own words.
+    DoesNotFit
+        With what the design takes of what there is too little of, and what to lower.
     """
     if router is None:
         router = "router2" if device.family == "ecp5" and arch.macs_per_cycle >= ROUTER2_MACS else "router1"
@@ -364,7 +399,11 @@ def synthesize(
             )
             routed.append(result)
             usage, cached = usage + _Usage(**result["usage"]), cached and known
-    fmax = [max(r["fmax"].values()) for r in routed]
+    fmax = [min(r["fmax"].values()) for r in routed]
+    clocks: dict[str, list[float]] = {}
+    for result in routed:
+        for clock, mhz in result["fmax"].items():
+            clocks.setdefault(_clock_name(clock), []).append(mhz)
     best = routed[fmax.index(max(fmax))]
     used = {name: sum(best["used"].get(kind, 0) for kind in kinds) for name, kinds in device.cells.items()}
     lut = used["lut"] - _harness_sites(netlist.harness, device)
@@ -385,6 +424,11 @@ def synthesize(
         critical_path=best["path"],
         seconds=usage.seconds,
         peak_memory_mb=usage.peak_memory_mb,
+        clocks={
+            name: {"fmax_mhz": max(mhz), "fmax_median_mhz": statistics.median(mhz)} for name, mhz in clocks.items()
+        },
+        seeds=seeds,
+        cells=netlist.core,
         cached=cached,
     )
 
@@ -423,9 +467,17 @@ def _critical_path(result: dict[str, Any]) -> list[str]:
     return steps
 
 
+_CLOCK: Final = re.compile(r"\$glbnet\$|\$TRELLIS_IO_IN|\$SB_IO_IN(_\$glb_clk)?|\$(glb|gb)_\w+")
+
+
+def _clock_name(net: str) -> str:
+    """A clock's own name, without what nextpnr adds for pads and global networks."""
+    return _CLOCK.sub("", net).removeprefix("core.")
+
+
 def _own_name(hop: dict[str, Any]) -> str:
     name = _SUFFIX.sub("", hop.get("net") or hop["to"]["cell"]).removeprefix("core.")
     return re.sub(r"(\[\d+\])+$", "", name)
 
 
-__all__ = ["SynthReport", "count", "synthesize"]
+__all__ = ["DoesNotFit", "SynthReport", "count", "synthesize"]
