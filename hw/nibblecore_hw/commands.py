@@ -2,60 +2,33 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import typer
 
-from nibblecore.arch.config import ELEMENT_WEIGHT_RANGE, ArchConfig, get_arch
-from nibblecore.cli.console import ARCH_OPTION, ERR, JSON_OPTION, OUT, print_json, require_output_folder, say, table
-from nibblecore.errors import ConfigError
+from nibblecore.cli.console import (
+    ARCH_OPTION,
+    ELEMENT_OPTION,
+    ERR,
+    JSON_OPTION,
+    OUT,
+    SET_OPTION,
+    changed_arch,
+    print_json,
+    require_output_folder,
+    say,
+    table,
+)
 from nibblecore.files import write_atomically
 
 from .parts import PARTS, build_part
 from .synth.devices import DEVICES, get_device
-
-ELEMENT_OPTION = typer.Option(
-    None, "--element", help=f"Processing element instead of the core's own: {', '.join(ELEMENT_WEIGHT_RANGE)}."
-)
-SET_OPTION = typer.Option(
-    None, "--set", "-s", metavar="FIELD=VALUE", help="Change a field of the core: act_depth=2048; repeatable."
-)
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands; called by ``nibblecore`` when this package is installed."""
     app.command("verilog")(verilog)
     app.command("synth")(synth)
-
-
-def changed_arch(name: str, element: str | None, settings: Sequence[str] | None = None) -> ArchConfig:
-    """The named core with the options' changes; :class:`ConfigError` says what is no field or no value of it."""
-    arch = get_arch(name)
-    changes: dict[str, Any] = {} if element is None else {"element": element}
-    for text in settings or ():
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--set takes FIELD=VALUE, not {text!r}")
-        known = arch.to_dict()
-        if key not in known or key == "name":
-            raise ConfigError(f"a core has no field {key!r}; it has {', '.join(k for k in known if k != 'name')}")
-        changes[key] = _value(key, value, type(known[key]))
-    return arch.replace(**changes)
-
-
-def _value(key: str, text: str, kind: type) -> Any:
-    if kind is str:
-        return text
-    if kind is bool:
-        if text not in ("true", "false"):
-            raise ConfigError(f"{key} must be true or false, not {text!r}")
-        return text == "true"
-    try:
-        return int(text)
-    except ValueError:
-        raise ConfigError(f"{key} must be an integer, not {text!r}") from None
 
 
 def verilog(

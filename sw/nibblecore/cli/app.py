@@ -14,7 +14,7 @@ from ..arch.config import ARCHS, get_arch
 from ..arch.isa import ISA_VERSION, disassemble
 from ..errors import NibbleError
 from ..runtime.program import Program
-from . import build, compare, demo, execute, roundings, training
+from . import build, compare, demo, execute, roundings, throughput, training
 from .console import ERR, JSON_OPTION, OUT, print_json, table
 
 app = typer.Typer(
@@ -171,6 +171,7 @@ app.command()(execute.run)
 app.command()(compare.diff)
 app.command()(roundings.roundings)
 app.command()(execute.estimate)
+app.command()(throughput.throughput)
 app.command()(demo.demo)
 
 
@@ -186,7 +187,7 @@ def _load_plugins() -> None:
             register(app)
 
 
-_PLACEHOLDERS: Final = {"hw": ("verilog", "synth"), "sim": ("fuzz",)}
+_PLACEHOLDERS: Final = {"hw": ("verilog", "synth", "bench-synth"), "sim": ("fuzz",)}
 
 
 def _add_placeholder(extra: str, missing: str) -> None:

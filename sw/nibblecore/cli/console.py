@@ -1,7 +1,7 @@
 """What all commands share: tables, progress bars, JSON, and the search for transports."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..arch.config import ArchConfig
-from ..errors import NibbleError
+from ..arch.config import ELEMENT_WEIGHT_RANGE, ArchConfig, get_arch
+from ..errors import ConfigError, NibbleError
 from ..runtime.transport import GoldenTransport, Transport
 
 OUT: Final = Console()
@@ -20,6 +20,12 @@ ERR: Final = Console(stderr=True)
 
 JSON_OPTION: Final = typer.Option(False, "--json", help="Print one JSON object instead of tables.")
 ARCH_OPTION: Final = typer.Option("small", "--arch", "-a", help="Named core: tiny, small, large or xlarge.")
+ELEMENT_OPTION: Final = typer.Option(
+    None, "--element", help=f"Processing element instead of the core's own: {', '.join(ELEMENT_WEIGHT_RANGE)}."
+)
+SET_OPTION: Final = typer.Option(
+    None, "--set", "-s", metavar="FIELD=VALUE", help="Change a field of the core: act_depth=2048; repeatable."
+)
 
 TRANSPORT_GROUP: Final = "nibblecore.transports"
 
@@ -50,6 +56,34 @@ def table(title: str, *columns: str) -> Table:
         # Text gives way on a narrow terminal, numbers do not.
         result.add_column(column.rstrip(">"), justify="right" if number else "left", no_wrap=number, overflow="fold")
     return result
+
+
+def changed_arch(name: str, element: str | None, settings: Sequence[str] | None = None) -> ArchConfig:
+    """The named core with the options' changes; :class:`ConfigError` says what is no field or no value of it."""
+    arch = get_arch(name)
+    changes: dict[str, Any] = {} if element is None else {"element": element}
+    for text in settings or ():
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set takes FIELD=VALUE, not {text!r}")
+        known = arch.to_dict()
+        if key not in known or key == "name":
+            raise ConfigError(f"a core has no field {key!r}; it has {', '.join(k for k in known if k != 'name')}")
+        changes[key] = _value(key, value, type(known[key]))
+    return arch.replace(**changes)
+
+
+def _value(key: str, text: str, kind: type) -> Any:
+    if kind is str:
+        return text
+    if kind is bool:
+        if text not in ("true", "false"):
+            raise ConfigError(f"{key} must be true or false, not {text!r}")
+        return text == "true"
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"{key} must be an integer, not {text!r}") from None
 
 
 def require_output_folder(path: Path) -> Path:
