@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from amaranth.hdl import Cat, Const, Module, Signal, Value
+from amaranth.hdl import Module, Signal, Value
 
 from .base import DotElement, check_int, check_technology
-from .ecp5 import add_chains, plan_chains
-from .heap import Bit, Plan, Product, Row, Wire, plan_dot
+from .heap import Leaf, Plan, Product, plan_dot
+from .summation import add_plan
 
 # Activation bit 3 and weight bits 1 and 2 are inverted in the registers; heap.second_operand says why.
 ACTIVATION_POLARITY = 0b1000
@@ -85,63 +85,28 @@ class BitplaneDot(DotElement):
             with m.If(self.swap_stb):
                 m.d.sync += active[n].eq(shadow[n])
 
-        plan = self._plan
-        sums = [Signal(row.width, name=f"row{row.index}") for row in plan.rows]
-        # delayed[wire][n]: the wire behind n registers.
-        delayed: dict[Wire, list[Value]] = {}
-        for wire, stage in plan.last_use.items():
-            row = plan.rows[wire.row]
-            delayed[wire] = [sums[wire.row][wire.bit]]
-            for n in range(plan.stage_of_level[row.level], stage):
-                register = Signal(name=f"row{wire.row}_{wire.bit}_stage{n}", reset_less=True)
-                m.d.sync += register.eq(delayed[wire][-1])
-                delayed[wire].append(register)
+        def stored(leaf: Leaf) -> tuple[Value, Value]:
+            assert isinstance(leaf, Product)
+            return activations[leaf.lane][leaf.activation_bit], active[leaf.lane][leaf.weight_bit]
 
-        def stored(product: Product) -> tuple[Value, Value]:
-            return activations[product.lane][product.activation_bit], active[product.lane][product.weight_bit]
+        def value(leaf: Leaf) -> Value:
+            assert isinstance(leaf, Product)
+            a, w = stored(leaf)
+            a = ~a if ACTIVATION_POLARITY >> leaf.activation_bit & 1 else a
+            w = ~w if WEIGHT_POLARITY >> leaf.weight_bit & 1 else w
+            return ~(a & w) if leaf.inverted else a & w
 
-        def wired(row: Row, wire: Wire) -> Value:
-            age = plan.stage_of_level[row.level] - plan.stage_of_level[plan.rows[wire.row].level]
-            return delayed[wire][age]
+        def gate(leaf: Leaf) -> tuple[int, tuple[Value, Value]]:
+            assert isinstance(leaf, Product)
+            table = 0
+            for entry in range(4):
+                a = entry & 1 ^ ACTIVATION_POLARITY >> leaf.activation_bit & 1
+                w = entry >> 1 ^ WEIGHT_POLARITY >> leaf.weight_bit & 1
+                table |= (a & w ^ leaf.inverted) << entry
+            return table, stored(leaf)
 
-        def value(row: Row, bit: Bit | None) -> Value:
-            match bit:
-                case None:
-                    return Const(0, 1)
-                case Product():
-                    a, w = stored(bit)
-                    a = ~a if ACTIVATION_POLARITY >> bit.activation_bit & 1 else a
-                    w = ~w if WEIGHT_POLARITY >> bit.weight_bit & 1 else w
-                    return ~(a & w) if bit.inverted else a & w
-                case Wire():
-                    return wired(row, bit)
-                case _:
-                    return Const(1, 1)
-
-        for row in plan.rows:
-            if row.is_gate:
-                m.d.comb += sums[row.index].eq(value(row, row.left[0]))
-            elif self._technology == "generic":
-                left = Cat(value(row, bit) for bit in row.left)
-                right = Cat(value(row, bit) for bit in row.right)
-                if row.carry is None:
-                    total = left + right
-                else:
-                    # A third addend would become an adder of its own; one more bit below is only a carry.
-                    carry = value(row, row.carry)
-                    total = (Cat(carry, left) + Cat(carry, right))[1:]
-                flip = row.invert_top << (row.width - 1)
-                m.d.comb += sums[row.index].eq(total[: row.width] ^ flip)
-        if self._technology == "ecp5":
-            add_chains(
-                m,
-                plan_chains(plan, chain_cells=self._chain_cells),
-                sums=sums,
-                stored=stored,
-                wired=wired,
-                activation_polarity=ACTIVATION_POLARITY,
-                weight_polarity=WEIGHT_POLARITY,
-            )
-
-        m.d.comb += self.sum.eq(Cat(delayed[wire][-1] for wire in plan.result).as_signed())
+        total = add_plan(
+            m, self._plan, technology=self._technology, chain_cells=self._chain_cells, value=value, gate=gate
+        )
+        m.d.comb += self.sum.eq(total)
         return m

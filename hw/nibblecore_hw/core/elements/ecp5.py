@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 from amaranth.hdl import Const, Instance, Module, Signal, Value
 
-from .heap import Bit, Plan, Product, Row, Wire
+from .heap import Bit, Leaf, One, Plan, Row, Wire
 
 
 def plan_chains(plan: Plan, *, chain_cells: int) -> list[list[Row]]:
@@ -41,8 +41,8 @@ def plan_chains(plan: Plan, *, chain_cells: int) -> list[list[Row]]:
                 break
             count += 1
         for chain in bins:
-            # A carry that is no product enters the chain without a joint before the first row.
-            chain.sort(key=lambda row: isinstance(row.carry, Product))
+            # A carry that is no leaf enters the chain without a joint before the first row.
+            chain.sort(key=lambda row: isinstance(row.carry, Leaf))
             chains.append(chain)
     return chains
 
@@ -94,10 +94,9 @@ def add_chains(
     chains: list[list[Row]],
     *,
     sums: Sequence[Signal],
-    stored: Callable[[Product], tuple[Value, Value]],
+    gate: Callable[[Leaf], tuple[int, tuple[Value, Value]]],
     wired: Callable[[Row, Wire], Value],
-    activation_polarity: int,
-    weight_polarity: int,
+    name: str = "chain",
 ) -> None:
     """Instantiate the chains.
 
@@ -109,29 +108,24 @@ def add_chains(
         From :func:`plan_chains`.
     sums : sequence of Signal
         Driven here: the output of each row, by the row's index.
-    stored : callable
-        Gives the registers of the activation bit and of the weight bit of a product.
+    gate : callable
+        Gives a leaf as a function of two registers: bit ``a + 2 * b`` of a table is its value for ``a, b``.
     wired : callable
         Gives the signal of a wire as a row sees it.
-    activation_polarity, weight_polarity : int
-        Which bits of a nibble the registers hold inverted.
+    name : str
+        Submodules are called ``<name><chain>_<n>``.
     """
 
     def operand(row: Row, bit: Bit | None) -> _Operand:
         match bit:
             case None:
                 return _Operand(0b0000, (_ONE, _ONE), fixed=True)
-            case Product():
-                table = 0
-                for entry in range(4):
-                    a = entry & 1 ^ activation_polarity >> bit.activation_bit & 1
-                    w = entry >> 1 ^ weight_polarity >> bit.weight_bit & 1
-                    table |= (a & w ^ bit.inverted) << entry
-                return _Operand(table, stored(bit), fixed=False)
             case Wire():
                 return _Operand(0b1010, (wired(row, bit), _ONE), fixed=True)
-            case _:
+            case One():
                 return _Operand(0b1111, (_ONE, _ONE), fixed=True)
+            case _:
+                return _Operand(*gate(bit), fixed=False)
 
     for number, chain in enumerate(chains):
         cells: list[_HalfCell] = []
@@ -153,7 +147,7 @@ def add_chains(
                     )
                 )
             carry_out = sums[row.index][row.cells] if row.carry_out else None
-        _instantiate(m, cells, name=f"chain{number}", carry_in=carry_in, carry_out=carry_out)
+        _instantiate(m, cells, name=f"{name}{number}", carry_in=carry_in, carry_out=carry_out)
 
 
 def add_either(m: Module, left: tuple[Value, Value], right: tuple[Value, Value], total: Signal, *, name: str) -> None:
@@ -167,6 +161,32 @@ def add_either(m: Module, left: tuple[Value, Value], right: tuple[Value, Value],
         for a, b, c, d, s in zip(*left, *right, total, strict=True)
     ]
     _instantiate(m, cells, name=name, carry_in=Const(0, 1), carry_out=None)
+
+
+def subtract_gated(
+    m: Module,
+    differences: Sequence[tuple[Value, Value, Value, Signal]],
+    *,
+    chain_cells: int,
+    name: str,
+) -> None:
+    """``difference = minuend - (subtrahend & gate)`` for each ``minuend, subtrahend, gate, difference``.
+
+    All but the gate, which is one bit, have the same width; the difference wraps. One half-cell per bit and one more
+    per difference, in chains of at most ``chain_cells``. Submodules are called ``<name><chain>_<n>``.
+    """
+    per_chain = max(1, chain_cells // (len(differences[0][3]) + 1))
+    one = _Operand(0b1111, (_ONE, _ONE), fixed=True)
+    for number, first in enumerate(range(0, len(differences), per_chain)):
+        cells: list[_HalfCell] = []
+        for minuend, subtrahend, gate, difference in differences[first : first + per_chain]:
+            if cells:
+                cells.append(_joint(one, sum=None))
+            cells += [
+                _HalfCell(_Operand(0b0111, (b, gate), fixed=False), _Operand(0b1010, (a, _ONE), fixed=True), sum=d)
+                for a, b, d in zip(minuend, subtrahend, difference, strict=True)
+            ]
+        _instantiate(m, cells, name=f"{name}{number}", carry_in=_ONE, carry_out=None)
 
 
 def _instantiate(m: Module, cells: list[_HalfCell], *, name: str, carry_in: Value, carry_out: Value | None) -> None:

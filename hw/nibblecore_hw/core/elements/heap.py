@@ -1,17 +1,23 @@
-"""Plans the summation of the bit products of a dot product: which bits meet in which adder.
+"""Plans the summation of the bits of a dot product: which bits meet in which adder.
 
-With two's complement nibbles, ``sum_i a_i * w_i`` is a sum of ``16 * lanes`` bit products ``a_i[k] & w_i[j]`` of weight
+The bits are *leaves*: functions of two register bits each, which the first adders compute on their way. With two's
+complement nibbles, ``sum_i a_i * w_i`` is a sum of ``16 * lanes`` bit products ``a_i[k] & w_i[j]`` of weight
 ``2**(j + k)``. Those with exactly one sign bit count negatively; they enter inverted, as ``-x = ~x - 1``, and the
-constants add up to ``-112 * lanes`` (Baugh and Wooley, 1973). The heap of bits is then reduced level by level with
-*rows*: ripple-carry adders over consecutive weights that take two bits per weight and a third one as the carry at their
-lowest weight. A row of ``n`` cells turns ``2n + 1`` bits into ``n + 1``.
+constants add up to ``-112 * lanes`` (Baugh and Wooley, 1973). Where tables hold sums of weights (:mod:`.lutram`), the
+leaves are bits of their entries.
 
-The plan is plain data: :mod:`.bitplane` writes it as Amaranth adders, :mod:`.ecp5` as carry chains.
+The heap of bits is reduced level by level with *rows*: ripple-carry adders over consecutive weights that take two bits
+per weight and a third one as the carry at their lowest weight. A row of ``n`` cells turns ``2n + 1`` bits into
+``n + 1``.
+
+The plan is plain data: :mod:`.summation` writes it as Amaranth adders, :mod:`.ecp5` as carry chains.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Final
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +38,45 @@ class Product:
 
 
 @dataclasses.dataclass(frozen=True)
+class Entry:
+    """Bit ``bit`` of the table of lane group ``group`` for activation bit ``plane``, complemented with its sign."""
+
+    group: int
+    plane: int
+    bit: int
+
+    @property
+    def weight(self) -> int:
+        return self.plane + self.bit
+
+
+@dataclasses.dataclass(frozen=True)
+class Correction:
+    """1 where the complement of an :class:`Entry` is one less than its negative."""
+
+    group: int
+    plane: int
+
+    @property
+    def weight(self) -> int:
+        return self.plane
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """Bit ``bit`` of the part of the sum that no activation changes."""
+
+    bit: int
+
+    @property
+    def weight(self) -> int:
+        return self.bit
+
+
+Leaf = Product | Entry | Correction | Base
+
+
+@dataclasses.dataclass(frozen=True)
 class Wire:
     """Output ``bit`` of row number ``row``; bit 0 has the weight of the row."""
 
@@ -44,7 +89,7 @@ class One:
     """The constant 1."""
 
 
-Bit = Product | Wire | One
+Bit = Leaf | Wire | One
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +119,7 @@ class Row:
 
     @property
     def is_gate(self) -> bool:
-        """Whether the row only computes one bit product, which then needs no adder."""
+        """Whether the row only computes one leaf, which then needs no adder."""
         return self.cells == 1 and self.right == (None,) and self.carry is None
 
     @property
@@ -91,7 +136,7 @@ class Plan:
     """All rows of a dot product, in order of level, and where registers stand between them.
 
     ``stage_of_level[level]`` is the pipeline stage of a level. A bit that is produced in one stage and consumed in a
-    later one is registered at every boundary that it crosses; bit products are consumed in stage 0.
+    later one is registered at every boundary that it crosses; leaves are consumed in stage 0.
     ``result[n]`` is bit ``n`` of the sum.
     """
 
@@ -128,12 +173,30 @@ def negative_constant(lanes: int) -> int:
     return lanes * 2 * (8 + 16 + 32)
 
 
+TABLE_BITS: Final = 5
+"""Bits of a table's entry."""
+
+
+def table_constant(lanes: int) -> int:
+    """What the leaves of a dot product by tables add too much, as a number to subtract.
+
+    Each of ``lanes // 4`` groups adds 16 per plane for an inverted sign bit, which is ``16 * (1 + 2 + 4 + 8)``, and 16
+    for a base that is never negative.
+    """
+    return lanes // 4 * 256
+
+
+def base_bits(lanes: int) -> int:
+    """Width of the base of a dot product by tables, which is in ``2 * groups .. 32 * groups``."""
+    return (32 * (lanes // 4)).bit_length()
+
+
 def second_operand(bit: Bit) -> bool:
-    """Whether a bit may be the right operand of a cell whose left one is a bit product.
+    """Whether a bit may be the right operand of a cell whose left one is a function of two bits as well.
 
     An ECP5 carry cell derives the generate term from the table entries with the right operand's two inputs at 0, so the
-    right operand has to be 0 there. :mod:`.bitplane` stores activation bit 3 and weight bits 1 and 2 inverted to make
-    that true for as many products as need it.
+    right operand has to be 0 there. All leaves of :mod:`.lutram` are. :mod:`.bitplane` stores activation bit 3 and
+    weight bits 1 and 2 inverted to make that true for as many products as need it.
     """
     if not isinstance(bit, Product):
         return True
@@ -144,15 +207,13 @@ def second_operand(bit: Bit) -> bool:
 class _Builder:
     """Bits that wait to be added, by weight, and the rows that have been made so far."""
 
-    def __init__(self, lanes: int) -> None:
+    def __init__(self, lanes: int, leaves: Iterable[Leaf], surplus: int) -> None:
         self.lanes = lanes
         self.width = 8 + (lanes - 1).bit_length()
         self.bits: list[list[Bit]] = [[] for _ in range(self.width)]
-        for lane in range(lanes):
-            for j in range(4):
-                for k in range(4):
-                    self.bits[j + k].append(Product(lane, k, j))
-        constant = -negative_constant(lanes) % (1 << self.width)
+        for leaf in leaves:
+            self.bits[leaf.weight].append(leaf)
+        constant = -surplus % (1 << self.width)
         # The highest bit costs nothing as an inversion, because nothing is carried out of it.
         self.invert_top = bool(constant >> (self.width - 1))
         for weight in range(self.width - 1):
@@ -218,12 +279,12 @@ class _Builder:
             self._add_row(weight, left, right, self._take_left(weight) if self.bits[weight] else None)
 
     def _add_gates(self, end: int) -> None:
-        """Compute the bit products below weight ``end`` that no row has taken: behind a register they are gone."""
+        """Compute the leaves below weight ``end`` that no row has taken: behind a register they are gone."""
         for weight in range(end):
-            products = [bit for bit in self.bits[weight] if isinstance(bit, Product)]
-            self.bits[weight] = [bit for bit in self.bits[weight] if not isinstance(bit, Product)]
-            for product in products:
-                self._add_row(weight, [product], [None], None)
+            leaves = [bit for bit in self.bits[weight] if isinstance(bit, Leaf)]
+            self.bits[weight] = [bit for bit in self.bits[weight] if not isinstance(bit, Leaf)]
+            for leaf in leaves:
+                self._add_row(weight, [leaf], [None], None)
 
     def _add_row(
         self,
@@ -252,11 +313,11 @@ class _Builder:
         return len(self.bits[weight]) > 1 and any(second_operand(bit) for bit in self.bits[weight])
 
     def _take_right(self, weight: int) -> Bit:
-        return self._take(weight, lambda bit: (not second_operand(bit), not isinstance(bit, Product)))
+        return self._take(weight, lambda bit: (not second_operand(bit), not isinstance(bit, Leaf)))
 
     def _take_left(self, weight: int) -> Bit:
         """Bits that can only be left operands or carries go first, so that the others last for the right side."""
-        return self._take(weight, lambda bit: (second_operand(bit), not isinstance(bit, Product)))
+        return self._take(weight, lambda bit: (second_operand(bit), not isinstance(bit, Leaf)))
 
     def _take(self, weight: int, order: Callable[[Bit], tuple[bool, bool]]) -> Bit:
         bits = self.bits[weight]
@@ -265,7 +326,7 @@ class _Builder:
 
 @functools.cache
 def plan_dot(*, lanes: int, levels_per_stage: int) -> Plan:
-    """The cheapest plan that the search finds among those with the fewest pipeline stages.
+    """The cheapest plan for bit products that the search finds among those with the fewest pipeline stages.
 
     Parameters
     ----------
@@ -274,8 +335,29 @@ def plan_dot(*, lanes: int, levels_per_stage: int) -> Plan:
     levels_per_stage : int
         Rows that a bit may pass between two registers, at least 1.
     """
+    leaves = [Product(lane, k, j) for lane in range(lanes) for j in range(4) for k in range(4)]
+    return _cheapest(lanes, leaves, negative_constant(lanes), levels_per_stage)
+
+
+@functools.cache
+def plan_tables(*, lanes: int, levels_per_stage: int) -> Plan:
+    """The same for table entries of groups of four lanes, their corrections and a base.
+
+    ``lanes`` is a power of two of at least 4.
+    """
+    leaves: list[Leaf] = []
+    for group, plane in itertools.product(range(lanes // 4), range(4)):
+        leaves += [Entry(group, plane, bit) for bit in range(TABLE_BITS)]
+        leaves.append(Correction(group, plane))
+    leaves += [Base(bit) for bit in range(base_bits(lanes))]
+    return _cheapest(lanes, leaves, table_constant(lanes), levels_per_stage)
+
+
+def _cheapest(lanes: int, leaves: Sequence[Leaf], surplus: int, levels_per_stage: int) -> Plan:
     candidates = (
-        _Builder(lanes).build(levels_per_stage=levels_per_stage, least_gain=gain / 20, most_cells=cells)
+        _Builder(lanes, leaves, surplus).build(
+            levels_per_stage=levels_per_stage, least_gain=gain / 20, most_cells=cells
+        )
         for gain in range(6, 19)
         for cells in (4, 5, 6, 7, 8, 12)
     )
