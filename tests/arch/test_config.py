@@ -34,7 +34,22 @@ def config(**changes: object) -> ArchConfig:
             {"bus_bits": 32, "burst_beats": 1},
             "burst_beats=1 is less than the 2 beats of 32 bits that a word of 64 bits takes",
         ),
-        ({"element": "magic"}, "element must be one of generic, bitplane, not 'magic'"),
+        ({"element": "magic"}, "element must be one of generic, bitplane, dsp, not 'magic'"),
+        ({"dsp_columns": True}, "dsp_columns must be an integer, not True"),
+        ({"dsp_columns": 12}, "dsp_columns must be a multiple of 2 * post_lanes = 8 below columns=16, not 12"),
+        ({"dsp_columns": -8}, "dsp_columns must be a multiple of 2 * post_lanes = 8 below columns=16, not -8"),
+        ({"dsp_columns": 16}, "dsp_columns must be a multiple of 2 * post_lanes = 8 below columns=16, not 16"),
+        (
+            {"element": "dsp", "dsp_columns": 8},
+            "dsp_columns must be 0 where element is 'dsp', because then all columns are, not 8",
+        ),
+        (
+            {"element": "dsp", "post_lanes": 16},
+            (
+                "dsp elements serve two columns of each of two groups: post_lanes must be in 2..columns/2, with "
+                "columns=16 in 2..8, not 16"
+            ),
+        ),
         ({"act_memory": "quad"}, "act_memory must be one of dual, single, not 'quad'"),
     ],
 )
@@ -68,6 +83,14 @@ def test_hash_ignores_what_programs_do_not_see() -> None:
         "act_depth: 4096, not 8192",
         "bus_bits: 64, not 128",
     ]
+
+
+def test_dsp_columns_narrow_the_weights_of_all() -> None:
+    mix = config(element="bitplane", dsp_columns=8)
+    assert (mix.weight_range, mix.paired_columns) == ((-7, 7), 8)
+    assert config(element="dsp").paired_columns == 16
+    assert config(element="dsp").hash == mix.hash != config(element="bitplane").hash
+    assert mix.differences(config(element="bitplane")) == ["weight_range: [-7, 7], not [-8, 7]"]
 
 
 @pytest.mark.parametrize(

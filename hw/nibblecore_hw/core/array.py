@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from amaranth import Const, Module, Signal, signed
+from amaranth import Cat, Const, Module, Signal, signed
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2
@@ -11,7 +11,7 @@ from amaranth.utils import ceil_log2
 from nibblecore.arch.config import ArchConfig
 
 from ..layouts import word_layout
-from .elements import make_element
+from .elements import DotElement, DspHead, DspQuad, make_element
 
 
 class SystolicArray(wiring.Component):
@@ -21,19 +21,24 @@ class SystolicArray(wiring.Component):
     group through one more; weights reach group 0 directly and every further group through one register. So, counted in
     cycles at the ports, what comes in cycle ``k`` is worth in group ``g``:
 
-    - ``activations``: ``sums`` of the group's columns in cycle ``k + latency + g``, see :attr:`latency`;
+    - ``activations``: ``sums`` of the group's columns in cycle ``k + latencies[g]``, see :attr:`latencies`;
     - ``swap_stb``: the activations of the same cycle are the first to meet the loaded tile;
     - ``load_stb``: ``weights`` become column ``column`` of the next tile. The loads of a tile may begin in the cycle
       after the previous tile's swap, and its own swap may come in the cycle of its last load or later: a tile needs
       ``columns`` cycles, and nothing is lost between tiles.
 
+    If some columns are ``dsp`` elements (``arch.paired_columns``), the activations of a cycle with ``swap_stb`` and of
+    the next make a pair, and so do those of every two cycles that follow, up to the next swap. A swap may come at any
+    time; but if the cycle before it is the first one of a pair, the activations of that cycle give no sum in those
+    columns. And every column is loaded between two swaps, in ascending order.
+
     No backpressure and no valid bit: every cycle's activations are multiplied, and whoever sends them knows which sums
-    mean something. Sums are exact. A reset changes no weight.
+    mean something. Sums are exact for weights of ``arch.weight_range``. A reset changes no weight.
 
     Parameters
     ----------
     arch : ArchConfig
-        ``lanes``, ``columns``, ``post_lanes`` and ``element`` count.
+        ``lanes``, ``columns``, ``post_lanes``, ``element`` and ``dsp_columns`` count.
     technology : {"generic", "ecp5"}
         Primitives that the elements may instantiate.
 
@@ -64,9 +69,12 @@ class SystolicArray(wiring.Component):
         # Built here and not in elaborate(), because they know the latency. An array may be asked for that alone.
         self._elements = [
             make_element(arch.element, lanes=arch.lanes, inverted=True, technology=technology)
-            for _ in range(arch.columns)
+            for _ in range(arch.columns - arch.paired_columns)
         ]
-        if self._elements[0].load_cycles != 1:
+        self._quads = [
+            DspQuad(lanes=arch.lanes, technology=technology) for _ in range(arch.paired_columns // DspQuad.COLUMNS)
+        ]
+        if self._elements and self._elements[0].load_cycles != 1:
             cycles = self._elements[0].load_cycles
             raise ValueError(
                 f"element {arch.element!r} takes {cycles} cycles from load to swap, and the timing of the "
@@ -80,24 +88,23 @@ class SystolicArray(wiring.Component):
                 "weights": In(word),
                 "column": In(ceil_log2(arch.columns)),
                 "load_stb": In(1),
-                "sums": Out(data.ArrayLayout(signed(len(self._elements[0].sum)), arch.columns)),
+                "sums": Out(data.ArrayLayout(signed(self.sum_bits), arch.columns)),
             }
         )
 
     @property
-    def latency(self) -> int:
-        """Cycles from ``activations`` to the sums of group 0."""
-        return 1 + self._elements[0].latency
-
-    @property
     def latencies(self) -> tuple[int, ...]:
         """Cycles from ``activations`` to the sums of each group."""
-        return tuple(self.latency + group for group in range(self._arch.columns // self._arch.post_lanes))
+        arch = self._arch
+        groups, paired = arch.columns // arch.post_lanes, arch.paired_columns // arch.post_lanes
+        of_elements = [1 + self._elements[0].latency] * (groups - paired) if self._elements else []
+        of_quads = [1 + DspHead.LATENCY + self._quads[0].latency] * paired if self._quads else []
+        return tuple(latency + group for group, latency in enumerate(of_elements + of_quads))
 
     @property
     def sum_bits(self) -> int:
         """Width of a sum."""
-        return len(self._elements[0].sum)
+        return 8 + ceil_log2(self._arch.lanes)
 
     def elaborate(self, platform: Any) -> Module:
         m = Module()
@@ -106,17 +113,17 @@ class SystolicArray(wiring.Component):
         swap, load, column = Signal(), self.load_stb, self.column
         activations, weights = Signal(word, reset_less=True), Signal(word, name="weights0")
         # Bits that elements store inverted are inverted here, once for all columns.
-        element = self._elements[0]
-        m.d.comb += weights.as_value().eq(
-            self.weights.as_value() ^ Const(element.WEIGHT_POLARITY, 4).replicate(arch.lanes)
-        )
+        activation_polarity = self._elements[0].ACTIVATION_POLARITY if self._elements else 0
+        weight_polarity = self._elements[0].WEIGHT_POLARITY if self._elements else 0
+        m.d.comb += weights.as_value().eq(self.weights.as_value() ^ Const(weight_polarity, 4).replicate(arch.lanes))
         m.d.sync += [
             activations.as_value().eq(
-                self.activations.as_value() ^ Const(element.ACTIVATION_POLARITY, 4).replicate(arch.lanes)
+                self.activations.as_value() ^ Const(activation_polarity, 4).replicate(arch.lanes)
             ),
             swap.eq(self.swap_stb),
         ]
-        for group in range(arch.columns // arch.post_lanes):
+        plain_groups = (arch.columns - arch.paired_columns) // arch.post_lanes
+        for group in range(plain_groups + bool(self._quads)):
             if group:
                 hop_activations = Signal(word, name=f"activations{group}", reset_less=True)
                 hop_weights = Signal(word, name=f"weights{group}", reset_less=True)
@@ -131,6 +138,8 @@ class SystolicArray(wiring.Component):
                 ]
                 activations, weights = hop_activations, hop_weights
                 swap, load, column = hop_swap, hop_load, hop_column
+            if group == plain_groups:
+                break
             for n in range(group * arch.post_lanes, (group + 1) * arch.post_lanes):
                 element = self._elements[n]
                 m.submodules[f"column{n}"] = element
@@ -141,8 +150,75 @@ class SystolicArray(wiring.Component):
                     element.load_stb.eq(load & (column == n)),
                     self.sums[n].eq(element.sum),
                 ]
+        if self._quads:
+            m.submodules.head = head = DspHead(
+                lanes=arch.lanes,
+                column_bits=len(self.column),
+                activation_polarity=activation_polarity,
+                weight_polarity=weight_polarity,
+            )
+            m.d.comb += [
+                head.activations.eq(activations),
+                head.swap_stb.eq(swap),
+                head.weights.eq(weights),
+                head.load_stb.eq(load),
+                head.column.eq(column),
+            ]
+            self._add_quads(m, head)
         return m
+
+    def _add_quads(self, m: Module, head: DspHead) -> None:
+        """Quads of two groups at a time: the columns of the second one, which are a cycle later, are its others."""
+        arch = self._arch
+        first_column, half = arch.columns - arch.paired_columns, arch.post_lanes // 2
+        pairs, select, bank = head.pairs, head.select, head.bank
+        weights, column, load, load_bank = head.o_weights, head.o_column, head.o_load_stb, head.o_load_bank
+        for unit in range(arch.paired_columns // (2 * arch.post_lanes)):
+            if unit:
+                # A pair stays for two cycles and so reaches the next two groups two cycles later through one register.
+                # Weights hop in one: they may come as early as the last ones of the tile before have been read, and
+                # those groups' are the later ones of a tile.
+                hop_pairs = Signal(head.pairs.shape(), name=f"pairs{unit}", reset_less=True)
+                hop_select, hop_bank = (
+                    [Signal(name=f"{n}{unit}_{i}", reset_less=True) for i in range(2)] for n in ("select", "bank")
+                )
+                hop_weights = Signal(head.weights.shape(), name=f"paired_weights{unit}", reset_less=True)
+                hop_column = Signal.like(column, name=f"paired_column{unit}", reset_less=True)
+                hop_load, hop_load_bank = (
+                    Signal(name=f"paired_{n}{unit}", reset_less=True) for n in ("load", "load_bank")
+                )
+                with m.If(select):
+                    m.d.sync += hop_pairs.eq(pairs)
+                m.d.sync += [
+                    hop_select[0].eq(select),
+                    hop_select[1].eq(hop_select[0]),
+                    hop_bank[0].eq(bank),
+                    hop_bank[1].eq(hop_bank[0]),
+                    hop_weights.eq(weights),
+                    hop_column.eq(column),
+                    hop_load.eq(load),
+                    hop_load_bank.eq(load_bank),
+                ]
+                pairs, select, bank = hop_pairs, hop_select[1], hop_bank[1]
+                weights, column, load, load_bank = hop_weights, hop_column, hop_load, hop_load_bank
+            for n in range(half):
+                number = unit * half + n
+                quad = self._quads[number]
+                m.submodules[f"quad{number}"] = quad
+                low = first_column + 2 * unit * arch.post_lanes + 2 * n
+                columns = [low, low + 1, low + arch.post_lanes, low + arch.post_lanes + 1]
+                late = ceil_log2(arch.post_lanes)  # the bit of a column's index that tells the second group
+                m.d.comb += [
+                    quad.pairs.eq(pairs),
+                    quad.select.eq(select),
+                    quad.bank.eq(bank),
+                    quad.weights.eq(weights),
+                    quad.load_stb.eq(load & (column[late + 1 :] == low >> (late + 1)) & (column[1:late] == n)),
+                    quad.load_bank.eq(load_bank),
+                    quad.load_column.eq(Cat(column[0], column[late])),
+                    *(self.sums[c].eq(quad.sums[i]) for i, c in enumerate(columns)),
+                ]
 
     def model(self, activations: list[int], tile: list[list[int]]) -> list[int]:
         """One word's sums: ``activations`` are ``lanes`` nibbles, ``tile`` holds ``lanes`` weights per column."""
-        return [self._elements[0].model(activations, column) for column in tile]
+        return [DotElement.model(activations, column) for column in tile]

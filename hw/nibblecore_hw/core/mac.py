@@ -28,7 +28,7 @@ class MacEngine(wiring.Component):
     """Executes MAC instructions: one weight tile per pass, one pixel per cycle.
 
     Cycles, where no bank is lost and every read is granted at once, with ``P = max(pixels, columns, HAZARD)`` of a tile
-    of ``pixels = rows * cols``:
+    of ``pixels = rows * cols``, made even where the core has ``dsp`` elements, which take pixels in pairs:
 
     - A pass takes ``P`` cycles from its first pixel to that of the next pass. So does the last pass of an instruction
       to the first pixel of the next one, whose first tile is fetched meanwhile, if that command is offered
@@ -126,6 +126,8 @@ class MacEngine(wiring.Component):
 
     def pass_cycles(self, *, pixels: int) -> int:
         """Cycles of a pass over a tile of so many pixels."""
+        if self._arch.paired_columns:
+            pixels += pixels % 2
         return max(pixels, self._arch.columns, self.HAZARD)
 
     def cycles(self, *, pixels: int, passes: int) -> int:
@@ -183,6 +185,10 @@ class MacEngine(wiring.Component):
             self.mac_bank.eq(self.x.valid & ~self.x.ready),
             self.mac_weights.eq(nest.o.valid & pass_begins & ~tile_there & ~pausing),
         ]
+        # A pixel that has no partner when the next pass begins would be lost to elements that take pairs. They count
+        # from the first pixel of a pass, as `second` does.
+        second = Signal()
+        m.d.sync += second.eq(~second | (enters & pass_begins))
         pixel = Signal(ceil_log2(arch.acc_depth))
         with m.If(pausing):
             m.d.sync += [pause.eq(pause - 1), pausing.eq(pause != 1)]
@@ -192,6 +198,9 @@ class MacEngine(wiring.Component):
                 m.d.sync += pixel.eq(0)
                 with m.If(pixel < self.HAZARD - 1):
                     m.d.sync += [pause.eq(self.HAZARD - 1 - pixel), pausing.eq(1)]
+                if arch.paired_columns:
+                    with m.Elif(~second):
+                        m.d.sync += [pause.eq(1), pausing.eq(1)]
 
         # Weight feeder: as soon as a tile is in use, it fetches the next, be it of the next instruction.
         fetches = Signal()  # words of a tile are being asked for

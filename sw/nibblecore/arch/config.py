@@ -9,7 +9,7 @@ from ..errors import ConfigError
 
 MemoryKind = Literal["dual", "single"]
 
-ELEMENT_WEIGHT_RANGE: Final[dict[str, tuple[int, int]]] = {"generic": (-8, 7), "bitplane": (-8, 7)}
+ELEMENT_WEIGHT_RANGE: Final[dict[str, tuple[int, int]]] = {"generic": (-8, 7), "bitplane": (-8, 7), "dsp": (-7, 7)}
 """Processing elements that exist, with the weights that each multiplies exactly."""
 
 PARAM_BITS: Final = 64
@@ -39,6 +39,9 @@ class ArchConfig:
         Output pixels per cycle.
     element : str
         Processing element of the array, a key of :data:`ELEMENT_WEIGHT_RANGE`.
+    dsp_columns : int
+        So many columns, the last ones, are ``dsp`` elements whatever ``element`` says of the others: a multiple of
+        ``2 * post_lanes`` below ``columns``. 0 where ``element`` is ``dsp``, because then all are.
     acc_bits : int
         Width of an accumulator, 24..32. Sums wrap; only the final one has to fit.
     acc_depth : int
@@ -62,7 +65,8 @@ class ArchConfig:
     outstanding : int
         Bursts in flight per direction, 1..16.
     queue_depth : int
-        Instructions that each engine's queue holds.
+        Instructions that each engine's queue holds; 0 for a core without queues, which runs one instruction at a time,
+        in the order of the program.
     semaphore_bits : int
         Width of a semaphore; an engine that signals a full one waits.
     counters : bool
@@ -74,6 +78,7 @@ class ArchConfig:
     columns: int
     pixels: int = 1
     element: str = "generic"
+    dsp_columns: int = 0
     acc_bits: int = 24
     acc_depth: int = 512
     post_lanes: int = 4
@@ -105,12 +110,18 @@ class ArchConfig:
             ("bus_bits", 32, 512),
             ("acc_depth", 4, 1024),
             ("burst_beats", 1, 256),
-            ("queue_depth", 2, 64),
             ("outstanding", 1, 16),
         ):
             self._check_range(name, low, high)
             if not _is_power_of_two(getattr(self, name)):
                 raise ConfigError(f"{name} must be a power of two, not {getattr(self, name)}")
+        if self.queue_depth != 0 and not (2 <= self.queue_depth <= 64 and _is_power_of_two(self.queue_depth)):
+            raise ConfigError(f"queue_depth must be 0 or a power of two in 2..64, not {self.queue_depth}")
+        if self.sequential and not 32 <= self.bus_bits <= min(128, 8 * self.burst_beats):
+            raise ConfigError(
+                f"queue_depth=0 reads a whole instruction in a burst: bus_bits must be in 32..128, not {self.bus_bits}, "
+                f"and burst_beats at least {256 // min(128, self.bus_bits)}, not {self.burst_beats}"
+            )
         self._check_range("acc_bits", 24, 32)
         self._check_range("addr_bits", 16, 64)
         self._check_range("semaphore_bits", 2, 8)
@@ -125,6 +136,7 @@ class ArchConfig:
                 f"post_lanes must be in lanes/8..lanes, with lanes={self.lanes} in {max(1, self.lanes // 8)}.."
                 f"{self.lanes}, not {self.post_lanes}"
             )
+        self._check_paired_columns()
         if self.act_depth // self.act_banks < 16:
             raise ConfigError(
                 f"act_depth={self.act_depth} leaves fewer than 16 words in each of {self.act_banks} banks"
@@ -142,6 +154,23 @@ class ArchConfig:
         if self.bus_bits // 8 * self.burst_beats > 4096:
             raise ConfigError(
                 f"burst_beats={self.burst_beats} of {self.bus_bits} bits exceed the 4096 bytes of an AXI burst"
+            )
+
+    def _check_paired_columns(self) -> None:
+        unit = 2 * self.post_lanes
+        if self.element == "dsp" and self.dsp_columns:
+            raise ConfigError(
+                f"dsp_columns must be 0 where element is 'dsp', because then all columns are, not {self.dsp_columns}"
+            )
+        if not 0 <= self.dsp_columns < self.columns or self.dsp_columns % unit:
+            raise ConfigError(
+                f"dsp_columns must be a multiple of 2 * post_lanes = {unit} below columns={self.columns}, "
+                f"not {self.dsp_columns}"
+            )
+        if self.paired_columns and (self.post_lanes < 2 or self.columns < unit):
+            raise ConfigError(
+                f"dsp elements serve two columns of each of two groups: post_lanes must be in 2..columns/2, with "
+                f"columns={self.columns} in 2..{self.columns // 2}, not {self.post_lanes}"
             )
 
     def _check_range(self, name: str, low: int, high: int) -> None:
@@ -195,13 +224,24 @@ class ArchConfig:
         return max(1, self.lanes // self.columns)
 
     @property
+    def sequential(self) -> bool:
+        """Whether instructions run one at a time, in the order of the program."""
+        return self.queue_depth == 0
+
+    @property
     def macs_per_cycle(self) -> int:
         return self.lanes * self.columns * self.pixels
 
     @property
+    def paired_columns(self) -> int:
+        """Columns, the last ones, that are ``dsp`` elements. If there are any, pixels enter in pairs: a pass takes an
+        even number of cycles."""
+        return self.columns if self.element == "dsp" else self.dsp_columns
+
+    @property
     def weight_range(self) -> tuple[int, int]:
-        """Weight nibbles that the elements multiply exactly."""
-        return ELEMENT_WEIGHT_RANGE[self.element]
+        """Weight nibbles that all elements multiply exactly."""
+        return ELEMENT_WEIGHT_RANGE["dsp" if self.paired_columns else self.element]
 
     # Identity --------------------------------------------------------------------------------------------------
 
@@ -220,9 +260,9 @@ class ArchConfig:
         return cls(**values)
 
     def program_view(self) -> dict[str, Any]:
-        """The fields that a program depends on: all but the name and the kind of element, with its weight range."""
+        """The fields that a program depends on: all but the name and the kinds of elements, with their weight range."""
         view = self.to_dict()
-        del view["name"], view["element"]
+        del view["name"], view["element"], view["dsp_columns"]
         view["weight_range"] = list(self.weight_range)
         return view
 

@@ -41,6 +41,8 @@ class CostParameters:
         between the two.
     mac_drain : int
         From a MAC's last pixel to its done pulse, one hop per further column group not counted.
+    mac_drain_dsp : int
+        What ``dsp`` elements add to it.
     acc_hazard : int
         Shortest pass.
     post_start, post_end, post_end_raw : int
@@ -63,6 +65,7 @@ class CostParameters:
     mac_start: int = 4
     mac_prefetch: bool = False
     mac_drain: int = 12
+    mac_drain_dsp: int = 4
     acc_hazard: int = 4
     post_start: int = 4
     post_end: int = 20
@@ -89,12 +92,13 @@ def transfer_cycles(arch: ArchConfig, rows: int, words: int, cost: CostParameter
 
 def pass_cycles(arch: ArchConfig, pixels: int, cost: CostParameters = DEFAULT_COST) -> int:
     """Cycles of one pass of a tile of ``pixels`` pixels: the next weight tile loads meanwhile."""
-    return max(pixels, arch.columns, cost.acc_hazard)
+    return max(free_pass_cycles(arch, pixels, cost), arch.columns)
 
 
 def free_pass_cycles(arch: ArchConfig, pixels: int, cost: CostParameters = DEFAULT_COST) -> int:
     """:func:`pass_cycles` if weights were loaded in no time: what is more is lost to loading."""
-    return max(pixels, cost.acc_hazard)
+    # Elements that take pixels in pairs do not mix those of two passes.
+    return max(pixels + (pixels % 2 if arch.paired_columns else 0), cost.acc_hazard)
 
 
 def mac_gap(arch: ArchConfig, cost: CostParameters = DEFAULT_COST) -> int:
@@ -130,7 +134,8 @@ def timing(i: Instruction, arch: ArchConfig, cost: CostParameters = DEFAULT_COST
         pixels, passes = i["rows"] * i["cols"], i["kernel_y"] * i["kernel_x"] * i["bricks"]
         busy = passes * pass_cycles(arch, pixels, cost)
         idle = pass_cycles(arch, pixels, cost) - pixels  # behind the last pixel of the last pass
-        tail = cost.mac_drain + arch.columns // arch.post_lanes - 2 - idle
+        late = cost.mac_drain_dsp if arch.paired_columns else 0
+        tail = cost.mac_drain + late + arch.columns // arch.post_lanes - 2 - idle
         return Timing(max(cost.mac_start, arch.columns), busy, tail, mac_gap(arch, cost))
     if i.opcode is Opcode.POST:
         add_words = i["add"] * (1 + i["add_wide"])
@@ -290,8 +295,11 @@ def _simulate(
             spans.append(Span(fetched, fetched, max(end, fetched)))
             break
         queue = started[engine]
-        if len(queue) >= arch.queue_depth:
+        if not arch.sequential and len(queue) >= arch.queue_depth:
             fetched = max(fetched, queue[-arch.queue_depth])
+        if arch.sequential and index:
+            # Fetched when the one before is done; its region is looked up before an instruction of a DMA.
+            fetched = max(fetched, end + cost.read_latency + fetch_cycles)
         ready = fetched
         for source in engines_in(i["wait"]):
             if not tokens[source, engine]:

@@ -5,10 +5,11 @@ from typing import Any, Final
 
 from .base import TECHNOLOGIES, DotElement, check_technology
 from .bitplane import BitplaneDot
+from .dsp import DspHead, DspQuad
 from .generic import GenericDot
 
 ELEMENTS: Final[dict[str, type[DotElement]]] = {"generic": GenericDot, "bitplane": BitplaneDot}
-"""Elements by the name that ``ArchConfig.element`` gives them."""
+"""Elements of one column, by the name that ``ArchConfig.element`` gives them. Those of ``dsp`` are :class:`DspQuad`."""
 
 
 def make_element(kind: str, *, lanes: int, technology: str = "generic", **options: Any) -> DotElement:
@@ -39,4 +40,4 @@ def make_element(kind: str, *, lanes: int, technology: str = "generic", **option
     return element(lanes=lanes, **options)
 
 
-__all__ = ["ELEMENTS", "TECHNOLOGIES", "BitplaneDot", "DotElement", "GenericDot", "make_element"]
+__all__ = ["ELEMENTS", "TECHNOLOGIES", "BitplaneDot", "DotElement", "DspHead", "DspQuad", "GenericDot", "make_element"]
