@@ -10,7 +10,7 @@ import pytest
 
 from nibblecore.arch.config import get_arch
 from nibblecore_hw.core.post import PostUnit
-from nibblecore_hw.core.requantize import RequantLane, ResidualLane
+from nibblecore_hw.core.requantize import RequantLane
 from nibblecore_hw.verilog import to_verilog
 from nibblecore_sim.toolchain import find_yosys
 
@@ -27,8 +27,8 @@ def cells(component: Any, folder: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize(
     "make_lane",
-    [lambda: RequantLane(acc_bits=24), lambda: RequantLane(acc_bits=32), ResidualLane],
-    ids=["requant24", "requant32", "residual"],
+    [lambda: RequantLane(acc_bits=24), lambda: RequantLane(acc_bits=32)],
+    ids=["requant24", "requant32"],
 )
 def test_a_lane_takes_two_multipliers(make_lane: Callable[[], Any], tmp_path: Path) -> None:
     found = cells(make_lane(), tmp_path)
@@ -38,7 +38,7 @@ def test_a_lane_takes_two_multipliers(make_lane: Callable[[], Any], tmp_path: Pa
 
 def test_post_unit_of_small(tmp_path: Path) -> None:
     found = cells(PostUnit(get_arch("small")), tmp_path)
-    assert found["MULT18X18D"] == 4 * get_arch("small").post_lanes
+    assert found["MULT18X18D"] == 2 * get_arch("small").post_lanes
     assert found["DP16KD"] == 4
     assert found["TRELLIS_DPR16X4"] <= 72
     assert found["LUT4"] + 2 * found["CCU2C"] <= 3700

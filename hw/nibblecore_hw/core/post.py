@@ -12,7 +12,7 @@ from amaranth.utils import ceil_log2
 from nibblecore.arch import numerics
 from nibblecore.arch.config import PARAM_BITS, ArchConfig
 from nibblecore.arch.isa import INSTRUCTIONS, LOCAL_ADDR_BITS, Instruction, Opcode, OutputMode
-from nibblecore.arch.numerics import ADD_FACTOR_BITS, ADD_SHIFT_MAX, BIAS_BITS
+from nibblecore.arch.numerics import BIAS_BITS
 
 from ..layouts import (
     ACC_READ_LATENCY,
@@ -25,7 +25,7 @@ from ..layouts import (
     write_port,
 )
 from .loopnest import Loop, LoopNest, assign_job, loops_of
-from .requantize import CODE_BITS, RequantLane, ResidualLane, delayed
+from .requantize import CODE_BITS, DIFFERENCE_BITS, RequantLane, delayed
 
 __all__ = ["PostUnit", "RecordStore", "WordFifo"]
 
@@ -40,8 +40,8 @@ class RecordStore(wiring.Component):
     """Loads the requantization records of a column tile from the weight buffer, and gives them out group by group.
 
     Loading takes ``param_words + READ_LATENCY + 1`` cycles from ``start`` to ``loaded``, plus the cycles in which the
-    buffer does not grant. ``records`` belongs to the ``group`` of :attr:`LATENCY` cycles before. Records stay until the
-    next ``start``.
+    buffer does not grant. ``records`` belongs to ``group`` and ``again`` of :attr:`LATENCY` cycles before. Records stay
+    until the next ``start``.
 
     Parameters
     ----------
@@ -58,6 +58,10 @@ class RecordStore(wiring.Component):
         To the weight buffer.
     loaded : Out(1)
         High from the end of loading to the next ``start``.
+    again : In(1)
+        Give out ``again_record``, whatever ``group`` is.
+    again_record : In(param_layout())
+        Taken with ``start``, for every lane.
     group : In(range(columns // post_lanes))
         Column group, columns ``group*post_lanes`` onwards.
     records : Out(ArrayLayout(param_layout(), post_lanes))
@@ -70,6 +74,8 @@ class RecordStore(wiring.Component):
     addr: Signal
     params: Any
     loaded: Signal
+    again: Signal
+    again_record: data.View
     group: Signal
     records: data.View
 
@@ -82,6 +88,8 @@ class RecordStore(wiring.Component):
                 "addr": In(addr_bits),
                 "params": Out(read_port(addr_bits=addr_bits, word_bits=arch.word_bits)),
                 "loaded": Out(1),
+                "again": In(1),
+                "again_record": In(param_layout()),
                 "group": In(ceil_log2(arch.columns // arch.post_lanes)),
                 "records": Out(data.ArrayLayout(param_layout(), arch.post_lanes)),
             }
@@ -125,7 +133,9 @@ class RecordStore(wiring.Component):
         )
         with m.If(arrives):
             m.d.sync += [count.eq(count + 1), self.loaded.eq(count == words - 1)]
-        with m.If(self.start & ~requesting):
+        beginning = Signal()
+        m.d.comb += beginning.eq(self.start & ~requesting)
+        with m.If(beginning):
             m.d.sync += [requesting.eq(1), left.eq(words - 1), addr.eq(self.addr), count.eq(0), self.loaded.eq(0)]
 
         word: Value = self.params.data
@@ -135,16 +145,17 @@ class RecordStore(wiring.Component):
             with m.If(arrives):
                 m.d.sync += earlier.eq(word[word_bits:])
         complete = arrives & (chunk == (1 << chunk_bits) - 1)
+        # The record of the second pass is beside that of group 0.
         for lane in range(lanes):
-            memory = Memory(shape=unsigned(used), depth=max(2, arch.columns // lanes), init=[])
+            memory = Memory(shape=unsigned(used), depth=2 * arch.columns // lanes, init=[])
             m.submodules[f"records_{lane}"] = memory
             read, write = memory.read_port(), memory.write_port()
             first = lane % per_word * PARAM_BITS
             m.d.comb += [
-                write.addr.eq(group),
-                write.data.eq(word[first : first + used]),
-                write.en.eq(complete & (slot == lane // per_word)),
-                read.addr.eq(self.group),
+                write.addr.eq(Cat(beginning, Mux(beginning, 0, group))),
+                write.data.eq(Mux(beginning, self.again_record.as_value()[:used], word[first : first + used])),
+                write.en.eq(beginning | (complete & (slot == lane // per_word))),
+                read.addr.eq(Cat(self.again, Mux(self.again, 0, self.group))),
                 self.records[lane].as_value().eq(read.data),
             ]
         return m
@@ -171,7 +182,7 @@ class WordFifo(wiring.Component):
     o_valid, o_ready, o_data
         The oldest word, as in a stream.
     freed_stb : Out(1)
-        A place in the memory has become free: one pulse per word.
+        A place in the memory has become free the cycle before: one pulse per word.
     """
 
     i_en: Signal
@@ -211,13 +222,13 @@ class WordFifo(wiring.Component):
             read.en.eq(fetch),
             fetch.eq((level != 0) & (~self.o_valid | self.o_ready)),
             self.o_data.eq(read.data),
-            self.freed_stb.eq(fetch),
         ]
         m.d.sync += [
             head.eq(head + self.i_en),
             tail.eq(tail + fetch),
             level.eq(level + self.i_en - fetch),
             self.o_valid.eq(fetch | (self.o_valid & ~self.o_ready)),
+            self.freed_stb.eq(fetch),
         ]
         return m
 
@@ -225,16 +236,16 @@ class WordFifo(wiring.Component):
 class PostUnit(wiring.Component):
     """Executes POST and POOL (:mod:`nibblecore.arch.isa`) with ``post_lanes`` requantization lanes.
 
-    A lane takes four 18x18 multipliers: two of :class:`RequantLane`, two of :class:`ResidualLane`.
+    A lane takes two 18x18 multipliers (:class:`RequantLane`). One instruction at a time. With ``steps = min(lanes,
+    columns) // post_lanes``, a POST takes per pixel and brick
 
-    One instruction at a time. With ``steps = min(lanes, columns) // post_lanes``, a POST takes per pixel and brick
-
-    - INT4, INT8: ``steps`` cycles, but at least one per word written (1, 2) and per word read by ``add`` (1, 2);
+    - INT4, INT8: ``steps`` cycles, or ``2 * steps`` with ``add``, but at least one per word written (1, 2);
     - RAW32: one cycle per word written, ``8 * min(lanes, columns) // lanes`` of them.
 
     A POOL takes one cycle per word of every tap, inside the map or not. Before that and after it, counted from the
     first cycle with ``command.valid`` (when the unit is idle) to the one with ``done_stb``, a POST takes
-    ``param_words + 28`` cycles (INT8 with more than one step: 29, RAW32: 10), a POOL 10; :meth:`cycles` has the sum.
+    ``param_words + 20`` cycles (with ``add``: 28, INT8 with more than one step: one more, RAW32: ``param_words + 11``),
+    a POOL 10; :meth:`cycles` has the sum.
     The next command may be there with ``done_stb`` and then starts in that cycle. ``command.ready`` comes in the third
     cycle of ``command.valid``: the transfer is not what starts the address generators, but what lets go of the payload.
 
@@ -309,14 +320,17 @@ class PostUnit(wiring.Component):
     # written; its last one ends the instruction.
     #
     # Timing of POST, T being the cycle of an accumulator read:
-    #   T + ACC_READ_LATENCY   accumulators and records enter the lanes
+    #   T + ACC_READ_LATENCY   accumulators enter the lanes, a cycle later their records
     #   T + _SUM               acc + bias: words of RAW32 are pushed into the output memory
-    #   T + _CODE              8-bit codes, beside which the operand's word has just been read
-    #   T + _FINAL             codes behind the addition; the packing registers take high nibbles, then low ones
-    #   T + _FINAL + 1         a full word of high nibbles (or 4-bit codes) is pushed, a cycle later one of low nibbles
+    #   T + _CODE              8-bit codes; with an operand they enter again, beside its word that has just been read
+    #   T + _SECOND            codes behind the addition
+    # The packing registers take high nibbles where the codes are, then low ones; a cycle later a full word of high
+    # nibbles (or 4-bit codes) is pushed, and then one of low nibbles. With an operand a step starts every second cycle,
+    # those that `phase` marks, which leaves the lanes the others for the second pass.
     _SUM = ACC_READ_LATENCY + RequantLane.SUM_LATENCY
     _CODE = ACC_READ_LATENCY + RequantLane.LATENCY
-    _FINAL = _CODE + ResidualLane.LATENCY
+    _AGAIN = ACC_READ_LATENCY + RequantLane.AGAIN_LATENCY
+    _SECOND = _AGAIN + RequantLane.LATENCY
 
     @staticmethod
     def _write_loops() -> tuple[Loop, ...]:
@@ -361,14 +375,14 @@ class PostUnit(wiring.Component):
         with m.If(transfer):
             m.d.sync += [idle.eq(0), self.busy.eq(1)]
 
-        code, factor = signed(CODE_BITS), signed(ADD_FACTOR_BITS)
+        code = signed(CODE_BITS)
         is_pool, raw, wide, add = (Signal(name=n, reset_less=True) for n in ("is_pool", "raw", "wide", "add"))
+        # Of the code that leaves the lanes at last, and of the first of two passes.
         zero, low, high = (Signal(code, name=n, reset_less=True) for n in ("zero", "low", "high"))
-        zero_b, add_zero, add_low, add_high = (
-            Signal(code, name=n, reset_less=True) for n in ("zero_b", "add_zero", "add_low", "add_high")
+        first_low, first_high = (
+            Signal(signed(DIFFERENCE_BITS), name=n, reset_less=True) for n in ("first_low", "first_high")
         )
-        k_a, k_b = (Signal(factor, name=n, reset_less=True) for n in ("k_a", "k_b"))
-        add_shift = Signal(range(ADD_SHIFT_MAX + 1), reset_less=True)
+        zero_b = Signal(code, reset_less=True)
         add_wide = Signal(reset_less=True)
         acc_bank = Signal(reset_less=True)
         part = Signal(range(arch.parts_per_brick), reset_less=True)
@@ -378,35 +392,18 @@ class PostUnit(wiring.Component):
                 is_pool.eq(~to_post),
                 raw.eq(to_post & (post.mode == OutputMode.RAW32)),
                 wide.eq(Mux(to_post, post.mode == OutputMode.INT8, pool.wide)),
-                add.eq(post.add),
+                add.eq(to_post & post.add),
                 add_wide.eq(post.add_wide),
                 acc_bank.eq(post.acc_bank),
                 part.eq(post.part),
                 last_brick.eq(post.bricks),
-                zero.eq(post.zero),
-                low.eq(post.low),
-                high.eq(post.high),
+                zero.eq(Mux(post.add, post.add_zero, post.zero)),
+                low.eq(Mux(post.add, post.add_low, post.low)),
+                high.eq(Mux(post.add, post.add_high, post.high)),
+                first_low.eq(post.low - post.zero),
+                first_high.eq(post.high - post.zero),
                 zero_b.eq(post.zero_b),
             ]
-            # Without an operand the residual lanes pass the codes on.
-            with m.If(post.add):
-                m.d.sync += [
-                    k_a.eq(post.k_a),
-                    k_b.eq(post.k_b),
-                    add_shift.eq(post.add_shift + 1),
-                    add_zero.eq(post.add_zero),
-                    add_low.eq(post.add_low),
-                    add_high.eq(post.add_high),
-                ]
-            with m.Else():
-                m.d.sync += [
-                    k_a.eq(2),
-                    k_b.eq(0),
-                    add_shift.eq(1),
-                    add_zero.eq(post.zero),
-                    add_low.eq(post.low),
-                    add_high.eq(post.high),
-                ]
 
         # --- what is read and written -----------------------------------------------------------------------------
 
@@ -470,7 +467,13 @@ class PostUnit(wiring.Component):
 
         m.submodules.store = store = RecordStore(arch)
         wiring.connect(m, store.params, wiring.flipped(self.params))
-        m.d.comb += [store.start.eq(opening & ~opened & to_post), store.addr.eq(post.p_addr)]
+        add_bias, add_shift = RequantLane.add_record(post.k_a, post.k_b, post.add_shift + 1)
+        m.d.comb += [
+            store.start.eq(opening & ~opened & to_post),
+            store.addr.eq(post.p_addr),
+            store.again_record.bias.eq(add_bias),
+            store.again_record.shift.eq(add_shift),
+        ]
 
         # --- words read -------------------------------------------------------------------------------------------
 
@@ -479,21 +482,23 @@ class PostUnit(wiring.Component):
         depth = 32 if steps < 4 else 16
         m.submodules.fifo = fifo = WordFifo(word_bits=word_bits, depth=depth)
         places = Signal(range(depth + 1), init=depth)
-        reserve = Signal(2)
+        reserve, reserve_r = Signal(2), Signal(2)
         room = Signal()
-        m.d.sync += places.eq(places - reserve + fifo.freed_stb)
-        m.d.comb += room.eq(places[1:].any())  # at least 2
+        # All registers: two cycles may reserve 2 before `room` knows, and the one that it lets through 2 more.
+        m.d.sync += [
+            reserve_r.eq(reserve),
+            places.eq(places - reserve_r + fifo.freed_stb),
+            room.eq(places[2:].any()),  # at least 4
+        ]
 
         ahead = Signal(range(self.READ_AHEAD + 1))  # bricks read or being read, and not used up
-        # Both as registers, as requests lead through the buffer's arbiter to the array. A tap needs one place, and may
-        # take one in the cycle in which `pool_room` is found out.
-        is_full = Signal()  # ahead == READ_AHEAD
-        pool_room = Signal()
-        m.d.sync += pool_room.eq(room)
+        is_full = (
+            Signal()
+        )  # ahead == READ_AHEAD; a register, as requests lead through the buffer's arbiter to the array
         step = reads.o.payload
         allowed, fetches, passed = Signal(), Signal(), Signal()
         m.d.comb += [
-            allowed.eq(Mux(is_pool, pool_room, ~is_full)),
+            allowed.eq(Mux(is_pool, room, ~is_full)),
             fetches.eq(Mux(is_pool, step.inside, add)),
             self.act_read.addr.eq(step.addr),
             self.act_read.valid.eq(reads.o.valid & allowed & fetches),
@@ -542,17 +547,23 @@ class PostUnit(wiring.Component):
         pixel = Signal(ceil_log2(arch.acc_depth), reset_less=True)
         brick = Signal(range(arch.bricks_per_tile))
         step_in_brick = Signal(range(steps))
-        # Cycles of one step: each word of RAW32 is a read of its own, and two words need two cycles.
-        subs = max(raw_words, 2 if steps == 1 else 1)
-        sub, last_sub = Signal(range(subs)), Signal(range(subs))
-        m.d.comb += last_sub.eq(Mux(raw, raw_words - 1, Mux(wide, 1, 0) if steps == 1 else 0))
+        # Cycles of one step: each word of RAW32 is a read of its own, and two words need two cycles, as an addition.
+        sub, last_sub = Signal(range(max(2, raw_words))), Signal(range(max(2, raw_words)), reset_less=True)
+        m.d.sync += last_sub.eq(Mux(raw, raw_words - 1, add | (wide if steps == 1 else 0)))
+        phase = Signal()
+        m.d.sync += phase.eq(~phase & ~store.start)
         brick_begins, go, enters, ends_step, ends_brick = (
             Signal(name=n) for n in ("brick_begins", "go", "enters", "ends_step", "ends_brick")
         )
         new_token = passed & ~is_pool & step.last.plane
         m.d.comb += [
             brick_begins.eq((step_in_brick == 0) & (sub == 0)),
-            go.eq(store.loaded & ((tokens != 0) | ~brick_begins) & (room | ~(brick_begins | raw))),
+            go.eq(
+                store.loaded
+                & ((tokens != 0) | ~brick_begins)
+                & (room | ~(brick_begins | raw))
+                & (phase | ~add | sub.any())
+            ),
             enters.eq(go & (raw | (sub == 0))),
             ends_step.eq(go & (sub == last_sub)),
             ends_brick.eq(ends_step & (step_in_brick == steps - 1)),
@@ -582,17 +593,21 @@ class PostUnit(wiring.Component):
         # What travels along with the accumulators; only whether there is anything needs a reset.
         valid: list[Value] = [enters]
         final: list[Value] = [enters & (step_in_brick == steps - 1) & (sub == Mux(raw, last_sub, 0))]
-        for i in range(1, self._FINAL + 2):
+        for i in range(1, self._SECOND + 1):
             for line, name in ((valid, "valid"), (final, "final")):
                 stage = Signal(name=f"{name}_{i}")
-                # Sums have no business behind there: the next instruction may have begun.
-                m.d.sync += stage.eq(line[-1] & ~raw if line is valid and i == self._SUM + 1 else line[-1])
+                # What has been used has no business behind there: the next instruction may have begun.
+                goes_on = {self._SUM + 1: ~raw, self._CODE + 1: add}.get(i) if line is valid else None
+                m.d.sync += stage.eq(line[-1] if goes_on is None else line[-1] & goes_on)
                 line.append(stage)
+        coded, coded_last = (Mux(add, line[self._SECOND], line[self._CODE]) for line in (valid, final))
+        coded_r, coded_last_r = Signal(), Signal()
+        m.d.sync += [coded_r.eq(coded), coded_last_r.eq(coded_last)]
 
         # --- lanes ------------------------------------------------------------------------------------------------
 
         m.d.comb += store.group.eq(
-            delayed(m, self.acc_read.group, ACC_READ_LATENCY - store.LATENCY, "group")
+            delayed(m, self.acc_read.group, ACC_READ_LATENCY + RequantLane.RECORD_LATENCY - store.LATENCY, "group")
             if len(self.acc_read.group)
             else 0
         )
@@ -600,6 +615,13 @@ class PostUnit(wiring.Component):
         # The memories' words come two cycles behind their address: it moves on two before the last step.
         m.d.sync += operand_tail.eq(operand_tail + final[self._CODE - 2])
         used_up = final[self._CODE - 1]
+        # Second passes begin in one phase, and accumulators enter in the other one.
+        assert RequantLane.AGAIN_LATENCY % 2 == 1
+        again = Signal()
+        again_early = add & (phase if self._AGAIN % 2 else ~phase)  # the cycle before
+        record_cycles = RequantLane.RECORD_LATENCY - store.LATENCY
+        m.d.sync += again.eq(again_early)
+        m.d.comb += store.again.eq(delayed(m, again, record_cycles, "again"))
         m.d.sync += [
             ahead.eq(ahead + new_token - used_up),
             is_full.eq(
@@ -620,7 +642,6 @@ class PostUnit(wiring.Component):
         sums = []
         for i in range(post_lanes):
             m.submodules[f"requant_{i}"] = requant = RequantLane(acc_bits=arch.acc_bits)
-            m.submodules[f"residual_{i}"] = residual = ResidualLane()
             record = store.records[i]
             b_high, b_low = operand_high.word_select(i, 4), operand_low.word_select(i, 4)
             # 16*high + low + 8, or low alone. Without an operand 0, and not what the memory happens to hold: times
@@ -635,21 +656,17 @@ class PostUnit(wiring.Component):
                 requant.zero.eq(zero),
                 requant.low.eq(low),
                 requant.high.eq(high),
-                residual.a.eq(requant.code),
-                residual.b.eq(joined.as_signed()),
-                residual.zero_a.eq(zero),
-                residual.zero_b.eq(zero_b),
-                residual.k_a.eq(k_a),
-                residual.k_b.eq(k_b),
-                residual.n.eq(add_shift),
-                residual.zero.eq(add_zero),
-                residual.low.eq(add_low),
-                residual.high.eq(add_high),
+                requant.add.eq(add),
+                requant.again.eq(again),
+                requant.b.eq(joined.as_signed()),
+                requant.first_low.eq(first_low),
+                requant.first_high.eq(first_high),
+                requant.zero_b.eq(zero_b),
             ]
             sums.append(requant.sum)
             # numerics.split_code8; a 4-bit code goes where high nibbles go
-            nibbles_high.append(Mux(wide, residual.code[4:], residual.code[:4]))
-            nibbles_low.append(delayed(m, Cat(residual.code[:3], ~residual.code[3]), 1, f"low_{i}"))
+            nibbles_high.append(Mux(wide, requant.code[4:8], requant.code[:4]))
+            nibbles_low.append(delayed(m, Cat(requant.code[:3], ~requant.code[3]), 1, f"low_{i}"))
 
         # --- packing, and the maximum of POOL ---------------------------------------------------------------------
 
@@ -679,7 +696,7 @@ class PostUnit(wiring.Component):
                 m.d.sync += [better.eq(tap_inside & greater), same.eq(tap_inside & equal)]
         nothing_yet = tap_arrives & tap_first & ~tap_inside
         for plane, incoming in enumerate((nibbles_high, nibbles_low)):
-            shifts = valid[self._FINAL + plane]
+            shifts = coded_r if plane else coded
             clears = nothing_yet & (tap_plane if plane else ~tap_plane)
             for lane in range(lanes):
                 place = lane % brick_columns - (brick_columns - post_lanes)
@@ -694,8 +711,8 @@ class PostUnit(wiring.Component):
 
         # Decided a cycle ahead, as these reach every bit of the output memory.
         push, push_low, push_raw = Signal(), Signal(reset_less=True), Signal()
-        first = final[self._FINAL] & valid[self._FINAL]
-        second = final[self._FINAL + 1] & valid[self._FINAL + 1] & wide
+        first = coded & coded_last
+        second = coded_r & coded_last_r & wide
         m.d.sync += [
             push.eq(Mux(is_pool, tap_last, first | second)),
             push_low.eq(Mux(is_pool, tap_plane, second)),
@@ -714,9 +731,11 @@ class PostUnit(wiring.Component):
             self.act_write.addr.eq(place.addr),
             self.act_write.data.eq(fifo.o_data),
             self.act_write.mask.eq(Mux(is_pool | raw, (1 << arch.parts_per_brick) - 1, 1 << part) if partial else 1),
-            self.act_write.valid.eq(fifo.o_valid & writes.o.valid),
-            granted.eq(self.act_write.valid & self.act_write.ready),
-            fifo.o_ready.eq(granted),
+            # The nest has no fewer places than there are words: it gives one per cycle, and is as quick to begin as
+            # the one that what is written has been read by.
+            self.act_write.valid.eq(fifo.o_valid),
+            granted.eq(fifo.o_valid & self.act_write.ready),
+            fifo.o_ready.eq(self.act_write.ready),
             writes.o.ready.eq(granted),
         ]
         ends = granted & place.last.as_value().all()
@@ -744,15 +763,12 @@ class PostUnit(wiring.Component):
         start = arch.param_words + READ_LATENCY + 1
         if i["mode"] == OutputMode.RAW32:
             return start + pixels * bricks * RAW_WORDS * columns // arch.lanes - 1 + cls._SUM + 3
-        words_in, words_out = i["add"] * (1 + i["add_wide"]), 1 + (i["mode"] == OutputMode.INT8)
-        first = max(start, 5 + (words_in == 2))
-        last = first + pixels * bricks * max(steps, words_out) - 1
-        # Only where a brick is a single step it waits for its two operand words, first or when it has read far ahead.
-        if words_in > max(steps, words_out):
-            last = max(last, 4 + 2 * pixels * bricks)
-            if pixels * bricks > cls.READ_AHEAD:
-                last = max(last, first + cls._CODE + 2 * (pixels * bricks - cls.READ_AHEAD))
-        return last + cls._FINAL + 4 + (words_out == 2 and steps > 1)
+        add, words_out = i["add"], 1 + (i["mode"] == OutputMode.INT8)
+        step = max(1 + add, words_out if steps == 1 else 1)
+        first = max(start, 5 + (add and i["add_wide"]))
+        first += add * (first % 2)
+        last = first + (pixels * bricks * steps - 1) * step
+        return last + (cls._SECOND if add else cls._CODE) + 3 + words_out
 
     @classmethod
     def model(
@@ -862,7 +878,7 @@ class PostUnit(wiring.Component):
                         first = list(map(numerics.join_code8, first, second))
                     stored = first[i["part"] * columns if partial else 0 :][:columns]
                     codes = [
-                        ResidualLane.model(
+                        RequantLane.model_add(
                             a, b, zero_a=i["zero"], zero_b=i["zero_b"], k_a=i["k_a"], k_b=i["k_b"], n=i["add_shift"],
                             zero=i["add_zero"], low=i["add_low"], high=i["add_high"],
                         )

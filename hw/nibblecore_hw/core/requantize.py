@@ -1,19 +1,22 @@
-"""Requantization lanes: sums to 8-bit codes, and the residual add behind them. One value per cycle, no backpressure."""
+"""Requantization lanes: sums to 8-bit codes, with a stored code added on a second pass. No backpressure."""
 
-from amaranth import Cat, Const, Module, Mux, Shape, Signal, Value, signed, unsigned
+from amaranth import Cat, Const, Module, Mux, Shape, Signal, Value, signed
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 from nibblecore.arch import numerics
-from nibblecore.arch.numerics import ADD_FACTOR_BITS, ADD_SHIFT_MAX, BIAS_BITS, MULT_BITS, SHIFT_MAX
+from nibblecore.arch.numerics import ADD_FACTOR_BITS, BIAS_BITS, MULT_BITS, SHIFT_MAX
 
-__all__ = ["CODE_BITS", "RequantLane", "ResidualLane", "RoundShiftClamp", "delayed"]
+__all__ = ["CODE_BITS", "DIFFERENCE_BITS", "RequantLane", "RoundShiftClamp", "delayed"]
 
 CODE_BITS = 8
 """Width of codes, zero points and clamps inside the post unit; 4-bit codes are clamped to -8..7 by the program."""
 
-_LOW_BITS = 17
-"""The 32-bit operand of the requantization is split here: 15 signed bits above, 17 unsigned ones below, so that each
+DIFFERENCE_BITS = CODE_BITS + 1
+"""Width of a code less its zero point."""
+
+_LOW_BITS = 16
+"""The 32-bit operand of the requantization is split here: 16 signed bits above, 16 unsigned ones below, so that each
 part times the 18-bit multiplier is one signed 18x18 product."""
 
 
@@ -29,8 +32,9 @@ def delayed(m: Module, value: Value, cycles: int, name: str) -> Value:
 class RoundShiftClamp(wiring.Component):
     """``clamp(zero + ((value + 2**(shift-1)) >> shift), low, high)``, :attr:`LATENCY` cycles behind ``value``.
 
-    The shift is arithmetic, ties go towards +inf. ``value`` and ``shift`` change every cycle; ``zero``, ``low`` and
-    ``high`` are read on the way and have to stand from the cycle of ``value`` to that of ``out``.
+    The shift is arithmetic, ties go towards +inf. Everything may change every cycle: ``shift`` comes with ``value``,
+    ``zero`` :attr:`ZERO_LATENCY` cycles behind them, ``low`` and ``high`` :attr:`CLAMP_LATENCY` cycles behind them, as
+    all lanes get these alike and one register is enough for them.
 
     Parameters
     ----------
@@ -45,9 +49,11 @@ class RoundShiftClamp(wiring.Component):
         What is shifted.
     shift : In
         1..shift_max.
-    zero, low, high : In(signed(8))
-        Zero point and clamp; ``low`` must not be above ``high``.
-    out : Out(signed(8))
+    zero : In(signed(8))
+        Zero point.
+    low, high : In(signed(9))
+        Clamp; ``low`` must not be above ``high``.
+    out : Out(signed(9))
         The code.
 
     Raises
@@ -62,6 +68,8 @@ class RoundShiftClamp(wiring.Component):
     # dropped.
 
     LATENCY = 5
+    ZERO_LATENCY = 2
+    CLAMP_LATENCY = 3
 
     value: Signal
     shift: Signal
@@ -75,12 +83,12 @@ class RoundShiftClamp(wiring.Component):
             raise ValueError(f"value_bits must be at least {self._WINDOW + 1}, not {value_bits!r}")
         if not 2 <= shift_max <= 63:
             raise ValueError(f"shift_max must be in 2..63, not {shift_max!r}")
-        code = signed(CODE_BITS)
+        code = signed(DIFFERENCE_BITS)
         super().__init__(
             {
                 "value": In(signed(value_bits)),
                 "shift": In(range(shift_max + 1)),
-                "zero": In(code),
+                "zero": In(signed(CODE_BITS)),
                 "low": In(code),
                 "high": In(code),
                 "out": Out(code),
@@ -121,8 +129,9 @@ class RoundShiftClamp(wiring.Component):
             below.eq(Mux(dropped_m, negative_m, moved < self.low)),
             above.eq(Mux(dropped_m, ~negative_m, moved > self.high)),
         ]
-        inside = delayed(m, moved[:CODE_BITS].as_signed(), 1, "inside")
-        m.d.sync += self.out.eq(Mux(below, self.low, Mux(above, self.high, inside)))
+        inside = delayed(m, moved[:DIFFERENCE_BITS].as_signed(), 1, "inside")
+        low, high = delayed(m, self.low, 1, "low"), delayed(m, self.high, 1, "high")
+        m.d.sync += self.out.eq(Mux(below, low, Mux(above, high, inside)))
         return m
 
     @staticmethod
@@ -155,9 +164,20 @@ class RoundShiftClamp(wiring.Component):
 class RequantLane(wiring.Component):
     """``clamp((((acc + bias) * mult + 2**(shift-1)) >> shift) + zero, low, high)``, :attr:`LATENCY` cycles behind.
 
-    A new accumulator with its record (``bias``, ``mult``, ``shift``) enters in every cycle. ``acc + bias`` wraps at 32
-    bits; programs guarantee that it fits. ``zero``, ``low`` and ``high`` have to stand from the cycle in which ``acc``
-    enters to that of ``code``. Takes two 18x18 multipliers.
+    An accumulator enters in any cycle, and its record (``bias``, ``mult``, ``shift``) :attr:`RECORD_LATENCY` cycles
+    behind it. ``acc + bias`` wraps at 32 bits; programs guarantee that it fits. Takes two 18x18 multipliers.
+
+    With ``add`` that is the first of two passes through the same multipliers and the same shifter. It leaves the code
+    without its zero point, ``q - zero_a``: the caller gives ``first_low = low_a - zero_a`` and ``first_high = high_a -
+    zero_a``, and no zero point is added. The second pass begins :attr:`AGAIN_LATENCY` cycles behind ``acc``, with
+    ``again``; no accumulator can enter in that cycle. Its record is that of :meth:`add_record`. The stored operand
+    ``b`` comes a cycle behind ``again``, and :attr:`LATENCY` cycles behind it, ``code`` is
+
+    ``clamp(zero + (((q - zero_a)*k_a + (b - zero_b)*k_b + 2**(n-1)) >> n), low, high)``
+
+    As it begins an odd number of cycles behind the first one, accumulators that enter every second cycle never meet a
+    second pass. ``add``, ``zero``, ``low``, ``high``, ``first_low``, ``first_high`` and ``zero_b`` have to stand from
+    the cycle in which ``acc`` enters to that of the last ``code``.
 
     Parameters
     ----------
@@ -175,11 +195,21 @@ class RequantLane(wiring.Component):
     shift : In(unsigned(6))
         1..47.
     zero, low, high : In(signed(8))
-        Zero point and clamp; ``low`` must not be above ``high``.
+        Zero point and clamp of the code that leaves the lane at last; ``low`` must not be above ``high``.
+    add : In(1)
+        Codes take two passes.
+    again : In(1)
+        A second pass begins.
+    b : In(signed(8))
+        Stored code.
+    first_low, first_high : In(signed(9))
+        Clamp of the first pass, less the zero point of ``acc``'s code.
+    zero_b : In(signed(8))
+        Zero point of ``b``.
     sum : Out(signed(32))
         ``acc + bias``, :attr:`SUM_LATENCY` cycles behind ``acc``.
-    code : Out(signed(8))
-        The stored code.
+    code : Out(signed(9))
+        The stored code, within 8 bits; behind the first of two passes, the code less its zero point.
 
     Raises
     ------
@@ -187,8 +217,10 @@ class RequantLane(wiring.Component):
         For ``acc_bits`` outside its range.
     """
 
-    LATENCY = 4 + RoundShiftClamp.LATENCY
-    SUM_LATENCY = 1
+    LATENCY = 5 + RoundShiftClamp.LATENCY
+    AGAIN_LATENCY = LATENCY - 1
+    RECORD_LATENCY = 1
+    SUM_LATENCY = 2
 
     acc: Signal
     bias: Signal
@@ -197,13 +229,19 @@ class RequantLane(wiring.Component):
     zero: Signal
     low: Signal
     high: Signal
+    add: Signal
+    again: Signal
+    b: Signal
+    first_low: Signal
+    first_high: Signal
+    zero_b: Signal
     sum: Signal
     code: Signal
 
     def __init__(self, *, acc_bits: int) -> None:
         if not 24 <= acc_bits <= 32:
             raise ValueError(f"acc_bits must be in 24..32, not {acc_bits!r}")
-        code = signed(CODE_BITS)
+        code, difference = signed(CODE_BITS), signed(DIFFERENCE_BITS)
         super().__init__(
             {
                 "acc": In(signed(acc_bits)),
@@ -213,8 +251,14 @@ class RequantLane(wiring.Component):
                 "zero": In(code),
                 "low": In(code),
                 "high": In(code),
+                "add": In(1),
+                "again": In(1),
+                "b": In(code),
+                "first_low": In(difference),
+                "first_high": In(difference),
+                "zero_b": In(code),
                 "sum": Out(Shape(BIAS_BITS, signed=True)),
-                "code": Out(code),
+                "code": Out(difference),
             }
         )
 
@@ -222,32 +266,77 @@ class RequantLane(wiring.Component):
         m = Module()
         m.submodules.round = round_ = RoundShiftClamp(value_bits=BIAS_BITS + MULT_BITS, shift_max=SHIFT_MAX)
 
-        # The multipliers' operands have registers of their own, which can be placed beside them: those of the sum stay
-        # at its carry chain.
-        mult = delayed(m, self.mult, 2, "mult")
-        total = delayed(m, self.sum, 1, "total")
+        again: list[Value] = [self.again]
+        for i in range(1, self.LATENCY - 1):
+            stage = Signal(name=f"again_{i}", reset_less=True)
+            m.d.sync += stage.eq(again[-1])
+            again.append(stage)
+
+        # On the second pass the factors of the addition are the bias of nothing, as a register costs no LUT to reset,
+        # and the differences take the place of the multiplier. The multipliers' operands have registers of their own,
+        # which can be placed beside them: those of the sum stay at its carry chain.
+        acc = Signal(self.acc.shape(), reset_less=True)
+        m.d.sync += [acc.eq(self.acc), self.sum.eq(acc + self.bias)]
+        with m.If(self.again):
+            m.d.sync += acc.eq(0)
+        mult = delayed(m, self.mult, 1, "mult")
+        a = delayed(m, self.code, 1, "a")
+        b = Signal(signed(DIFFERENCE_BITS), reset_less=True)
+        m.d.sync += b.eq(self.b - self.zero_b)
+        low = Signal(signed(_LOW_BITS + 1), reset_less=True)
+        high = Signal(signed(BIAS_BITS - _LOW_BITS), reset_less=True)
+        low_factor, high_factor = (
+            Signal(signed(MULT_BITS), name=name, reset_less=True) for name in ("low_factor", "high_factor")
+        )
+        m.d.sync += [
+            low.eq(Cat(self.sum[:_LOW_BITS], self.sum[_LOW_BITS - 1] & again[2]).as_signed()),
+            high.eq(self.sum[_LOW_BITS:].as_signed()),
+            low_factor.eq(Mux(again[2], b, mult)),
+            high_factor.eq(Mux(again[2], a, mult)),
+        ]
         low_product = Signal(signed(_LOW_BITS + MULT_BITS), reset_less=True)
         high_product = Signal(signed(BIAS_BITS - _LOW_BITS + MULT_BITS), reset_less=True)
         product = Signal(signed(BIAS_BITS + MULT_BITS), reset_less=True)
+        # The sum of the second pass stands _LOW_BITS higher, where the two products of the first one are added. What
+        # is below it does not count, as its shift is at least 1. Its products fit 24 bits: a difference is within
+        # -255..255.
+        lower = Mux(
+            again[4], low_product[: DIFFERENCE_BITS + ADD_FACTOR_BITS].as_signed(), low_product[_LOW_BITS:].as_signed()
+        )
         m.d.sync += [
-            self.sum.eq(self.acc + self.bias),
-            low_product.eq(Cat(total[:_LOW_BITS], Const(0, 1)).as_signed() * mult),
-            high_product.eq(total[_LOW_BITS:].as_signed() * mult),
-            product.eq(Cat(low_product[:_LOW_BITS], high_product + low_product[_LOW_BITS:].as_signed())),
+            low_product.eq(low * low_factor),
+            high_product.eq(high * high_factor),
+            product.eq(Cat(low_product[:_LOW_BITS], high_product + lower)),
+        ]
+
+        # Registers that are alike in all lanes become one.
+        zero = Signal(signed(CODE_BITS), reset_less=True)
+        least, most = (Signal(signed(DIFFERENCE_BITS), name=name, reset_less=True) for name in ("least", "most"))
+        first_zero = self.add & ~again[4 + RoundShiftClamp.ZERO_LATENCY]
+        first_clamp = self.add & ~again[4 + RoundShiftClamp.CLAMP_LATENCY]
+        m.d.sync += [
+            zero.eq(Mux(first_zero, 0, self.zero)),
+            least.eq(Mux(first_clamp, self.first_low, self.low)),
+            most.eq(Mux(first_clamp, self.first_high, self.high)),
         ]
         m.d.comb += [
             round_.value.eq(product),
-            round_.shift.eq(delayed(m, self.shift, 4, "shift")),
-            round_.zero.eq(self.zero),
-            round_.low.eq(self.low),
-            round_.high.eq(self.high),
+            round_.shift.eq(delayed(m, self.shift, 5 - self.RECORD_LATENCY, "shift")),
+            round_.zero.eq(zero),
+            round_.low.eq(least),
+            round_.high.eq(most),
             self.code.eq(round_.out),
         ]
         return m
 
     @staticmethod
+    def add_record(k_a: Value, k_b: Value, n: Value) -> tuple[Value, Value]:
+        """``bias`` and ``shift`` of the second pass, whose ``mult`` does not count, with signed 16-bit factors."""
+        return Cat(k_b, k_a), (n + _LOW_BITS)[: SHIFT_MAX.bit_length()]
+
+    @staticmethod
     def model(acc: int, bias: int, mult: int, shift: int, zero: int, low: int, high: int) -> int:
-        """``code`` for one set of inputs."""
+        """``code`` for one set of inputs, without ``add``."""
         return int(numerics.clamp(numerics.requantize(acc, bias, mult, shift) + zero, low, high))
 
     @staticmethod
@@ -255,88 +344,8 @@ class RequantLane(wiring.Component):
         """``sum`` for one set of inputs."""
         return int(numerics.wrap(acc + bias, BIAS_BITS))
 
-
-class ResidualLane(wiring.Component):
-    """``clamp(zero + (((a - zero_a)*k_a + (b - zero_b)*k_b + 2**(n-1)) >> n), low, high)``, :attr:`LATENCY` behind.
-
-    ``a`` and ``b`` enter in every cycle; everything else has to stand from there to the cycle of ``code``. With
-    ``k_a = 2``, ``k_b = 0``, ``n = 1`` and ``zero = zero_a`` the lane passes ``a`` on, clamped. Takes two 18x18
-    multipliers.
-
-    Members
-    -------
-    a, b : In(signed(8))
-        Stored codes.
-    zero_a, zero_b : In(signed(8))
-        Their zero points.
-    k_a, k_b : In(signed(16))
-        Their factors.
-    n : In(unsigned(5))
-        1..31.
-    zero, low, high : In(signed(8))
-        Zero point of the sum, and its clamp; ``low`` must not be above ``high``.
-    code : Out(signed(8))
-        The stored code.
-    """
-
-    LATENCY = 4 + RoundShiftClamp.LATENCY
-
-    a: Signal
-    b: Signal
-    zero_a: Signal
-    zero_b: Signal
-    k_a: Signal
-    k_b: Signal
-    n: Signal
-    zero: Signal
-    low: Signal
-    high: Signal
-    code: Signal
-
-    def __init__(self) -> None:
-        code, factor = signed(CODE_BITS), signed(ADD_FACTOR_BITS)
-        super().__init__(
-            {
-                "a": In(code),
-                "b": In(code),
-                "zero_a": In(code),
-                "zero_b": In(code),
-                "k_a": In(factor),
-                "k_b": In(factor),
-                "n": In(unsigned(ADD_SHIFT_MAX.bit_length())),
-                "zero": In(code),
-                "low": In(code),
-                "high": In(code),
-                "code": Out(code),
-            }
-        )
-
-    def elaborate(self, platform: object) -> Module:
-        m = Module()
-        # A difference is within -255..255, its product within 24 bits.
-        product_bits = CODE_BITS + ADD_FACTOR_BITS
-        m.submodules.round = round_ = RoundShiftClamp(value_bits=product_bits + 1, shift_max=ADD_SHIFT_MAX)
-
-        product_a = Signal(signed(product_bits), reset_less=True)
-        product_b = Signal(signed(product_bits), reset_less=True)
-        total = Signal(signed(product_bits + 1), reset_less=True)
-        m.d.sync += [
-            product_a.eq(delayed(m, self.a - self.zero_a, 2, "difference_a") * self.k_a),
-            product_b.eq(delayed(m, self.b - self.zero_b, 2, "difference_b") * self.k_b),
-            total.eq(product_a + product_b),
-        ]
-        m.d.comb += [
-            round_.value.eq(total),
-            round_.shift.eq(self.n),
-            round_.zero.eq(self.zero),
-            round_.low.eq(self.low),
-            round_.high.eq(self.high),
-            self.code.eq(round_.out),
-        ]
-        return m
-
     @staticmethod
-    def model(
+    def model_add(
         a: int,
         b: int,
         *,
@@ -349,7 +358,7 @@ class ResidualLane(wiring.Component):
         low: int,
         high: int,
     ) -> int:
-        """``code`` for one set of inputs."""
+        """``code`` behind the second pass; ``a`` is what the first one would have left with its zero point."""
         return int(
             numerics.residual_add(
                 a, b, zero_a=zero_a, zero_b=zero_b, k_a=k_a, k_b=k_b, n=n, zero=zero, low=low, high=high

@@ -45,8 +45,9 @@ class CostParameters:
         What ``dsp`` elements add to it.
     acc_hazard : int
         Shortest pass.
-    post_start, post_end, post_end_raw : int
-        Before the first pixel of POST, the read of its records not counted; behind the last one; the same for RAW32.
+    post_start, post_end, post_end_add, post_end_raw : int
+        Before the first pixel of POST, the read of its records not counted; behind the last one; the same with a stored
+        operand, whose codes take two passes through the lanes; the same for RAW32.
     pool_overhead : int
         Of POOL, before and after.
     load_start, load_end : int
@@ -68,8 +69,9 @@ class CostParameters:
     mac_drain_dsp: int = 4
     acc_hazard: int = 4
     post_start: int = 4
-    post_end: int = 20
-    post_end_raw: int = 6
+    post_end: int = 16
+    post_end_add: int = 24
+    post_end_raw: int = 7
     pool_overhead: int = 10
     load_start: int = 4
     load_end: int = 2
@@ -107,11 +109,14 @@ def mac_gap(arch: ArchConfig, cost: CostParameters = DEFAULT_COST) -> int:
 
 
 def drain_cycles(arch: ArchConfig, pixels: int, bricks: int, mode: int, add_words: int) -> int:
-    """Cycles of POST for ``pixels`` pixels without start and end; ``add_words`` are read per pixel and brick."""
+    """Cycles of POST for ``pixels`` pixels without start and end; ``add_words`` are read per pixel and brick.
+
+    Lanes take each code twice where something is added to it.
+    """
     columns = min(arch.columns, arch.lanes)
     if mode == OutputMode.RAW32:
         return pixels * bricks * max(1, MODE_WORDS[OutputMode.RAW32] * columns // arch.lanes)
-    return pixels * bricks * max(columns // arch.post_lanes, MODE_WORDS[OutputMode(mode)], add_words)
+    return pixels * bricks * max(columns // arch.post_lanes * (2 if add_words else 1), MODE_WORDS[OutputMode(mode)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +145,9 @@ def timing(i: Instruction, arch: ArchConfig, cost: CostParameters = DEFAULT_COST
     if i.opcode is Opcode.POST:
         add_words = i["add"] * (1 + i["add_wide"])
         busy = drain_cycles(arch, i["rows"] * i["cols"], i["bricks"], i["mode"], add_words)
-        end = cost.post_end_raw if i["mode"] == OutputMode.RAW32 else cost.post_end
+        end = cost.post_end_add if i["add"] else cost.post_end
+        if i["mode"] == OutputMode.RAW32:
+            end = cost.post_end_raw
         return Timing(cost.post_start + arch.param_words, busy, end)
     if i.opcode is Opcode.POOL:
         words = i["rows"] * i["cols"] * i["bricks"] * (1 + i["wide"])
