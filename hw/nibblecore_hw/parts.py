@@ -25,6 +25,7 @@ def build_part(part: str, arch: ArchConfig, *, technology: str) -> Any:
     from .core.post import PostUnit
     from .core.requantize import RequantLane
     from .ctrl.control import Control
+    from .ctrl.sequential import SequentialControl
     from .dma.load import LoadDma
     from .dma.store import StoreDma
     from .top import Accelerator
@@ -45,7 +46,7 @@ def build_part(part: str, arch: ArchConfig, *, technology: str) -> Any:
         case "store":
             return StoreDma(arch=arch)
         case "control":
-            return Control(arch=arch)
+            return SequentialControl(arch=arch) if arch.sequential else Control(arch=arch)
     raise ConfigError(f"there is no part {part!r}; known are {', '.join(PARTS)}")
 
 

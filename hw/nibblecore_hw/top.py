@@ -26,6 +26,7 @@ from nibblecore.arch.isa import Engine
 from .core.mac import MacEngine
 from .core.post import PostUnit
 from .ctrl.control import Control
+from .ctrl.sequential import SequentialControl
 from .dma.axi import FETCH_ID, AxiReadArbiter
 from .dma.load import LoadDma
 from .dma.store import StoreDma
@@ -83,7 +84,8 @@ class Accelerator(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         arch = self.arch
-        m.submodules.control = control = Control(arch=arch, axi_id=FETCH_ID)
+        control_type = SequentialControl if arch.sequential else Control
+        m.submodules.control = control = control_type(arch=arch, axi_id=FETCH_ID)
         fresh = ResetInserter(control.core_reset)
         load, store = LoadDma(arch=arch), StoreDma(arch=arch)
         mac, post = MacEngine(arch, technology=self.technology), PostUnit(arch)

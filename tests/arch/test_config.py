@@ -50,6 +50,14 @@ def config(**changes: object) -> ArchConfig:
                 "columns=16 in 2..8, not 16"
             ),
         ),
+        ({"queue_depth": 1}, "queue_depth must be 0 or a power of two in 2..64, not 1"),
+        (
+            {"queue_depth": 0, "bus_bits": 32, "burst_beats": 4},
+            (
+                "queue_depth=0 reads a whole instruction in a burst: bus_bits must be in 32..128, not 32, and "
+                "burst_beats at least 8, not 4"
+            ),
+        ),
         ({"act_memory": "quad"}, "act_memory must be one of dual, single, not 'quad'"),
     ],
 )

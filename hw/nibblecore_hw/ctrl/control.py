@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from amaranth import Cat, Module, ResetInserter, Signal
+from amaranth import Cat, Module, ResetInserter, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out, Signature, connect, flipped
 
@@ -49,6 +49,44 @@ def _is_stall(counter: Counter) -> bool:
 def stalls_layout() -> data.StructLayout:
     """The counters' events that only the engines know: one bit per such :class:`Counter`, by its name in lower case."""
     return data.StructLayout({c.name.lower(): 1 for c in Counter if _is_stall(c)})
+
+
+def connect_registers(m: Module, csr: Csr, supervisor: Supervisor) -> None:
+    """Registers to and from the supervisor."""
+    m.d.comb += [
+        supervisor.start.eq(csr.control_ones[field("CONTROL", "start").low]),
+        supervisor.reset.eq(csr.control_ones[field("CONTROL", "reset").low]),
+        supervisor.watchdog.eq(csr.watchdog),
+        supervisor.watchdog_stb.eq(csr.watchdog_stb),
+        supervisor.irq_enable.eq(csr.irq_enable[field("IRQ_ENABLE", "enable").low]),
+        supervisor.irq_status_ones.eq(csr.irq_status_ones),
+        csr.status.eq(supervisor.status),
+        csr.irq_status.eq(supervisor.irq_status),
+        csr.error.eq(supervisor.error),
+        csr.error_index.eq(supervisor.error_index_kept),
+        csr.error_waits.eq(supervisor.error_waits),
+    ]
+
+
+def connect_counters(
+    m: Module, csr: Csr, supervisor: Supervisor, stalls: Any, engines: dict[Engine, tuple[Value, Value]]
+) -> None:
+    """The counters and their events; ``engines`` are busy and wait for a semaphore."""
+    m.submodules.counters = counters = Counters()
+    events: dict[str, Any] = {"total": 1}
+    events |= {name: stalls[name] for name in stalls_layout().members}
+    for engine, (busy, waits) in engines.items():
+        name = engine.name.lower()
+        events[f"{name}_busy"] = busy
+        events[f"{name}_semaphore"] = ~busy & waits
+    for name, event in events.items():
+        # Registers, as some of these are the end of a long path.
+        m.d.sync += counters.events[name].eq(supervisor.running & event)
+    m.d.comb += [
+        counters.clear_stb.eq(supervisor.start_stb | supervisor.core_reset),
+        csr.slot.eq(counters.slot),
+        csr.count.eq(counters.value),
+    ]
 
 
 class Control(wiring.Component):
@@ -152,10 +190,11 @@ class Control(wiring.Component):
         m.submodules.supervisor = supervisor
         m.submodules.fetch = core_reset(fetch)
         m.submodules.instructions = core_reset(instructions)
-        # A program may end with tokens left; the next one starts without.
-        m.submodules.semaphores = ResetInserter(supervisor.core_reset | supervisor.start_stb)(semaphores)
+        # A program may end with tokens left; the next one starts without, and at the first slot of each queue.
+        fresh = ResetInserter(supervisor.core_reset | supervisor.start_stb)
+        m.submodules.semaphores = fresh(semaphores)
         for engine, stage in stages.items():
-            m.submodules[f"issue_{engine.name.lower()}"] = core_reset(stage)
+            m.submodules[f"issue_{engine.name.lower()}"] = fresh(stage)
 
         # Instructions
         connect(m, fetch.axi, flipped(self.m_axi))
@@ -171,7 +210,6 @@ class Control(wiring.Component):
             m.d.comb += [
                 stage.queue_stb.eq(fetch.queue[n] & stage.room),
                 fetch.room[n].eq(stage.room),
-                instructions.tail[n].eq(stage.tail),
                 instructions.head[n].eq(stage.head),
                 instructions.oldest[n].eq(stage.oldest),
                 instructions.want[n].eq(stage.want),
@@ -195,10 +233,12 @@ class Control(wiring.Component):
             supervisor.index_stb.eq(instructions.index_stb),
         ]
         self._supervise(m, supervisor, fetch, stages)
-        self._registers(m, csr, supervisor)
+        connect(m, csr.s_axil, flipped(self.s_axil))
+        connect_registers(m, csr, supervisor)
         self._regions(m, csr, core_reset, stages)
         if self._arch.counters:
-            self._count(m, csr, supervisor, stages)
+            waits = {e: (stage.waiting | stage.held).any() for e, stage in stages.items()}
+            connect_counters(m, csr, supervisor, self.stalls, {e: (self.engine(e).busy, waits[e]) for e in Engine})
         return m
 
     def _supervise(self, m: Module, supervisor: Supervisor, fetch: Fetch, stages: dict[Engine, IssueStage]) -> None:
@@ -236,23 +276,6 @@ class Control(wiring.Component):
             supervisor.finished.eq(supervisor.running & Cat(*quiet, *idle).all()),
         ]
 
-    def _registers(self, m: Module, csr: Csr, supervisor: Supervisor) -> None:
-        """Registers to and from the supervisor."""
-        connect(m, csr.s_axil, flipped(self.s_axil))
-        m.d.comb += [
-            supervisor.start.eq(csr.control_ones[field("CONTROL", "start").low]),
-            supervisor.reset.eq(csr.control_ones[field("CONTROL", "reset").low]),
-            supervisor.watchdog.eq(csr.watchdog),
-            supervisor.watchdog_stb.eq(csr.watchdog_stb),
-            supervisor.irq_enable.eq(csr.irq_enable[field("IRQ_ENABLE", "enable").low]),
-            supervisor.irq_status_ones.eq(csr.irq_status_ones),
-            csr.status.eq(supervisor.status),
-            csr.irq_status.eq(supervisor.irq_status),
-            csr.error.eq(supervisor.error),
-            csr.error_index.eq(supervisor.error_index_kept),
-            csr.error_waits.eq(supervisor.error_waits),
-        ]
-
     def _regions(self, m: Module, csr: Csr, core_reset: Any, stages: dict[Engine, IssueStage]) -> None:
         """The regions of the instructions that are brought to the DMA engines."""
         regions = RegionLookup(clients=len(DMA_ENGINES))
@@ -272,21 +295,3 @@ class Control(wiring.Component):
                 stage.prepared.eq(regions.ready[n]),
                 self.engine(engine).region.eq(regions.region[n]),
             ]
-
-    def _count(self, m: Module, csr: Csr, supervisor: Supervisor, stages: dict[Engine, IssueStage]) -> None:
-        """The counters and their events."""
-        m.submodules.counters = counters = Counters()
-        events: dict[str, Any] = {"total": 1}
-        events |= {name: self.stalls[name] for name in stalls_layout().members}
-        for engine, stage in stages.items():
-            name, busy = engine.name.lower(), self.engine(engine).busy
-            events[f"{name}_busy"] = busy
-            events[f"{name}_semaphore"] = ~busy & (stage.waiting | stage.held).any()
-        for name, event in events.items():
-            # Registers, as some of these are the end of a long path.
-            m.d.sync += counters.events[name].eq(supervisor.running & event)
-        m.d.comb += [
-            counters.clear_stb.eq(supervisor.start_stb | supervisor.core_reset),
-            csr.slot.eq(counters.slot),
-            csr.count.eq(counters.value),
-        ]

@@ -83,11 +83,12 @@ class Csr(wiring.Component):
     <register>_stb : Out(1)
         For these ``rw`` registers: written; the register holds the new value in this cycle.
     fetch_region : Out(region_layout())
-        What the registers of region 0 hold.
+        What the registers of region 0 hold; not where ``arch.sequential``.
     region_en, region_number, region_size : In(1), In(3), In(1)
         Look up a region's base, or its size: a read of the host waits for it.
     region_word : Out(32)
-        What was asked for, in the same cycle.
+        What was asked for, in the same cycle; where ``arch.sequential`` in the next one, as the regions' registers then
+        lie in block RAM.
     slot, count : In(4), In(32)
         From :class:`nibblecore_hw.ctrl.counters.Counters`, where there are counters.
 
@@ -132,6 +133,8 @@ class Csr(wiring.Component):
         if arch.counters:
             members["slot"] = In(range(SLOTS))
             members["count"] = In(COUNTER_BITS)
+        if arch.sequential:
+            del members["fetch_region"]
         super().__init__(members)
 
     def elaborate(self, platform: object) -> Module:
@@ -142,7 +145,7 @@ class Csr(wiring.Component):
         with m.If(cleared == _PAGE - 1):
             m.d.sync += clearing.eq(0)
         self._write(m, regions.write_port(granularity=8), clearing, cleared)
-        self._read(m, regions.read_port(domain="comb"), clearing)
+        self._read(m, regions.read_port(domain="sync" if self._arch.sequential else "comb"), clearing)
         return m
 
     def _write(self, m: Module, regions: Any, clearing: Signal, cleared: Signal) -> None:
@@ -183,10 +186,11 @@ class Csr(wiring.Component):
         ]
         with m.If(act & of_region):
             m.d.sync += bus.bresp.eq(OKAY)
-            # Fetch reads its region's registers both at once.
-            for n, held in enumerate((self.fetch_region.base, self.fetch_region.size)):
-                with m.If(index[:_PAGE_LOG2] == n):
-                    _write_bytes(m, held, word, strobes)
+            if not self._arch.sequential:
+                # Fetch reads its region's registers both at once.
+                for n, held in enumerate((self.fetch_region.base, self.fetch_region.size)):
+                    with m.If(index[:_PAGE_LOG2] == n):
+                        _write_bytes(m, held, word, strobes)
         with m.If(act), m.Switch(index):
             for name, register in REGISTERS.items():
                 if register.access == "ro" or name in _REGION_NAMES:
@@ -214,12 +218,14 @@ class Csr(wiring.Component):
         # First look the register up in every page, then choose the page and answer; a counter when it is its turn.
         looked_up, found, counter = Signal(), Signal(), Signal()
         m.d.sync += [looked_up.eq(busy & ~clearing & ~self.region_en), found.eq(0), counter.eq(0)]
-        pages: dict[int, Signal] = {_REGION_PAGE: Signal(32, name="page_regions", reset_less=True)}
+        pages: dict[int, Value] = {_REGION_PAGE: regions.data}
         m.d.comb += [
             regions.addr.eq(Mux(self.region_en, Cat(self.region_size, self.region_number), index[:_PAGE_LOG2])),
             self.region_word.eq(regions.data),
         ]
-        m.d.sync += pages[_REGION_PAGE].eq(regions.data)
+        if not self._arch.sequential:
+            pages[_REGION_PAGE] = Signal(32, name="page_regions", reset_less=True)
+            m.d.sync += pages[_REGION_PAGE].eq(regions.data)
         with m.If(index[_PAGE_LOG2:] == _REGION_PAGE):
             m.d.sync += found.eq(1)
         for name, register in REGISTERS.items():

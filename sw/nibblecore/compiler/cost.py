@@ -305,8 +305,8 @@ def _simulate(
         if not arch.sequential and len(queue) >= arch.queue_depth:
             fetched = max(fetched, queue[-arch.queue_depth])
         if arch.sequential and index:
-            # Fetched when the one before is done; its region is looked up before an instruction of a DMA.
-            fetched = max(fetched, end + cost.read_latency + fetch_cycles)
+            # It is asked for when the one before is done.
+            fetched = max(fetched, end + cost.fetch_start + cost.read_latency + fetch_cycles)
         ready = fetched
         for source in engines_in(i["wait"]):
             if not tokens[source, engine]:

@@ -137,7 +137,10 @@ class _Linter:
             while self.code[fetched].opcode is not Opcode.END:
                 engine = self.code[fetched].engine
                 assert engine is not None
-                if len(queues[engine]) >= self.arch.queue_depth:
+                is_free = len(queues[engine]) < self.arch.queue_depth
+                if self.arch.sequential:
+                    is_free = not any(queues) and all(h is None for h in held)
+                if not is_free:
                     break
                 queues[engine].append(fetched)
                 fetched, moved = fetched + 1, True

@@ -142,8 +142,12 @@ class GoldenCore:
                 pending = self._fetch(fetched)
                 ended = pending.opcode is Opcode.END
                 fetched += 1
-            if pending is not None and not ended and len(queues[self._engine(pending)]) < self.arch.queue_depth:
-                moves.append(None)
+            if pending is not None and not ended:
+                is_free = len(queues[self._engine(pending)]) < self.arch.queue_depth
+                if self.arch.sequential:
+                    is_free = not any(queues.values()) and not any(signals.values())
+                if is_free:
+                    moves.append(None)
             for engine in Engine:
                 if signals[engine]:
                     if all(tokens[engine, to] < limit for to in engines_in(signals[engine][0])):
