@@ -22,14 +22,14 @@ help:
 	@echo "make test         lint, types and every quick test"
 	@echo "make test-all     the same with the slow tests and the synthesis budgets"
 	@echo "make fuzz         random networks, golden model against RTL"
-	@echo "make bench-synth  synthesize, place and route a core; area and clock (ARGS=\"--arch large\")"
+	@echo "make bench-synth  synthesize, place and route every core and element, write hw/RESULTS.md (ARGS=\"--only small\")"
 	@echo "make bench-qat    time a step of training against float and against Brevitas (ARGS=\"--network resnet8\")"
 	@echo "make results      train every method at 4, 3 and 2 bits and write sw/RESULTS.md (under an hour)"
 	@echo "make bench-export compare every form of trained networks with their integers (ARGS=\"--network resnet8\")"
 	@echo "make lint         ruff (rules and format)"
 	@echo "make types        mypy"
 	@echo "make pages        write hw/ISA.md, hw/CSR.md and sw/SUPPORTED.md anew"
-	@echo "make budgets      measure the area that tests allow anew"
+	@echo "make budgets      measure anew the area, and take over the clocks, that the hardware may cost"
 	@echo "make format       rewrite the sources in the project's format"
 	@echo "make lock         resolve requirements.lock anew"
 	@echo "make clean        remove caches and results, not $(VENV)"
@@ -77,7 +77,7 @@ fuzz: $(STAMP)
 	$(BIN)/nibblecore fuzz $(ARGS)
 
 bench-synth: $(STAMP)
-	$(BIN)/nibblecore synth $(ARGS)
+	$(BIN)/nibblecore bench-synth --jobs $(JOBS) $(ARGS)
 
 results: $(STAMP)
 	$(BIN)/nibblecore results --jobs $(JOBS) $(ARGS)
@@ -110,9 +110,10 @@ pages: $(STAMP)
 	$(BIN)/python -m nibblecore.arch.pages hw
 	$(BIN)/python -c 'from nibblecore.compiler.rules import supported_page; print(supported_page(), end="")' > sw/SUPPORTED.md
 
-# What tests/synth allows the hardware to cost. Make it larger only on purpose.
+# What the hardware may cost: area by synthesis, and of what is routed the figures in hw/results.json. Make it larger
+# only on purpose.
 budgets: $(STAMP)
-	$(BIN)/python -m nibblecore_hw.synth.budget tests/synth/budgets.json
+	$(BIN)/python -m nibblecore_hw.synth.budget tests/synth/budgets.json hw/results.json
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

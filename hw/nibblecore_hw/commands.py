@@ -1,10 +1,13 @@
-"""The commands that hardware adds to ``nibblecore``: ``verilog`` and ``synth``."""
+"""The commands that hardware adds to ``nibblecore``: ``verilog``, ``synth`` and ``bench-synth``."""
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import typer
+from rich.progress import TaskID
 
 from nibblecore.cli.console import (
     ARCH_OPTION,
@@ -15,10 +18,13 @@ from nibblecore.cli.console import (
     SET_OPTION,
     changed_arch,
     print_json,
+    progress,
     require_output_folder,
     say,
     table,
 )
+from nibblecore.cli.throughput import array_figures
+from nibblecore.errors import NibbleError
 from nibblecore.files import write_atomically
 
 from .parts import PARTS, build_part
@@ -29,6 +35,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands; called by ``nibblecore`` when this package is installed."""
     app.command("verilog")(verilog)
     app.command("synth")(synth)
+    app.command("bench-synth")(bench_synth)
 
 
 def verilog(
@@ -106,3 +113,77 @@ def synth(
     )
     OUT.print(result)
     OUT.print("critical path:\n  " + "\n  ".join(report.critical_path), highlight=False, soft_wrap=True)
+
+
+def bench_synth(
+    only: list[str] | None = typer.Option(
+        None, "--only", metavar="TEXT", help="Only configurations with this in their name: elements, small; repeatable."
+    ),
+    folder: Path = typer.Option(
+        Path("hw"), "--folder", help="Where results.json is read and written, and RESULTS.md written."
+    ),
+    budgets: Path = typer.Option(
+        Path("tests/synth/budgets.json"), "--budgets", help="Sites and clocks that what is measured must keep to."
+    ),
+    seeds: int | None = typer.Option(None, "--seeds", min=1, help="At most so many placements of each configuration."),
+    jobs: int = typer.Option(1, "--jobs", "-j", min=1, help="Configurations at once; each takes a core and some GB."),
+    render: bool = typer.Option(False, "--render", help="Measure nothing: only write cycles and page anew."),
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """Measure every configuration that the project reports, write the page of results, and compare with the budgets.
+
+    Stop it and call it again: results are kept by content, and what is there is not measured twice.
+    """
+    from .synth.budget import load_budgets, routed_excess
+    from .synth.page import page
+    from .synth.suite import CONFIGURATIONS, Configuration, Record, load, measure_all, save, select
+
+    if not folder.is_dir():
+        raise NibbleError(f"there is no folder {folder}.", hint="Call this in the repository, or give --folder.")
+    if not budgets.exists():
+        raise NibbleError(f"there is no file {budgets}.", hint="Call this in the repository, or give --budgets.")
+    path = folder / "results.json"
+    chosen = [] if render else select(only or ())
+    measured: dict[str, Record] = {}
+    began = time.monotonic()
+    with progress(as_json) as bar:
+        total = bar.add_task("configurations", total=len(chosen), visible=bool(chosen))
+        tasks: dict[str, TaskID] = {}
+
+        def tick(configuration: Configuration, text: str) -> None:
+            if configuration.name not in tasks:
+                tasks[configuration.name] = bar.add_task("", total=None)
+            bar.update(tasks[configuration.name], description=f"{configuration.name}: {text}")
+
+        def done(configuration: Configuration, record: Record) -> None:
+            bar.remove_task(tasks.pop(configuration.name))
+            bar.advance(total)
+            measured[configuration.name] = record
+            say(f"{time.monotonic() - began:5.0f} s  {configuration.name}: {_one_line(record)}", quiet=as_json)
+
+        measure_all(chosen, path, jobs=jobs, seeds=seeds, tick=tick, done=done)
+    records = load(path)
+    for configuration in CONFIGURATIONS:
+        record = records.get(configuration.name)
+        if configuration.group == "elements" and record is not None and "failed" not in record:
+            record["throughput"] = array_figures(configuration.config())
+    save(records, path)
+    records = load(path)
+    write_atomically(folder / "RESULTS.md", page(records).encode())
+    floor = load_budgets(budgets)["routed"]
+    worse = [s for name, record in measured.items() if name in floor for s in routed_excess(name, floor[name], record)]
+    if as_json:
+        print_json({"results": records, "page": str(folder / "RESULTS.md"), "regressions": worse})
+    else:
+        OUT.print(f"page: {folder / 'RESULTS.md'}", highlight=False)
+    if worse:
+        raise NibbleError("\n".join(worse), hint="If it is meant to be: make budgets.")
+
+
+def _one_line(record: Mapping[str, Any]) -> str:
+    if "failed" in record:
+        return " ".join(record["failed"].split())
+    return (
+        f"{record['lut'] + 2 * record['lutram']:,} sites, {record['fmax_median_mhz']:.1f} MHz "
+        f"(best {record['fmax_mhz']:.1f})"
+    )
