@@ -193,7 +193,7 @@ End of the program. Its ``wait`` and ``signal`` masks must be 0.""",
         InstructionSpec(
             Opcode.LOAD,
             Engine.LOAD,
-            (Field("target", 1, "buffer: 0 activations, 1 weights"), *_DMA_FIELDS),
+            (*_DMA_FIELDS, Field("target", 1, "buffer: 0 activations, 1 weights")),
             """\
 Copy words from DRAM to a buffer: for each plane, for each row, ``count0`` consecutive words.""",
         ),
