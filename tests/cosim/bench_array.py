@@ -25,7 +25,7 @@ async def random_passes(dut):
     dut.rst.value = 0
     Clock(dut.clk, 10, unit="ns").start()
     await FallingEdge(dut.clk)
-    tile = [[0] * lanes] * columns
+    loaded = tile = [[0] * lanes] * columns
     expected = {}
     cycle = 0
     for number in itertools.count():
@@ -40,9 +40,9 @@ async def random_passes(dut):
             if swap:
                 tile = loaded
             # The cycle of the last load is the first one of the next pass.
-            load = column >= 1 or (swap and number > 0)
+            load = column >= 1 or swap
             index = column - 1 if column >= 1 else columns - 1
-            source = following if column >= 1 else (loaded if number > 0 else following)
+            source = following if column >= 1 else loaded
             activations = random.choices((-8, 7) if random.random() < 0.3 else range(-8, 8), k=lanes)
             dut.activations.value = word.const(activations).as_bits()
             dut.weights.value = word.const(source[index]).as_bits()

@@ -1,4 +1,4 @@
-"""The generated Verilog of arrays with multipliers and carry cells, in Verilator with the models of ``ecp5_models.v``."""
+"""The generated Verilog of arrays with multipliers and carry cells, in Verilator with ``ecp5_models.v``."""
 
 import json
 from pathlib import Path

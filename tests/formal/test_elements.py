@@ -22,6 +22,7 @@ from amaranth.lib.wiring import In
 from nibblecore_hw.core import elements
 from nibblecore_hw.core.accumulate import EitherAdder
 from nibblecore_hw.core.elements import BitplaneDot, GenericDot, ecp5
+from nibblecore_hw.core.elements.dsp import ProductTrees
 from nibblecore_sim.toolchain import find_smt, find_yosys
 
 pytestmark = pytest.mark.formal
@@ -97,6 +98,18 @@ def test_a_wrong_carry_cell_is_found(yosys, monkeypatch):
     code, log = yosys(EQUIVALENCE, gold=BitplaneDot(lanes=2), gate=BitplaneDot(lanes=2, technology="ecp5"))
     assert code != 0
     assert "unproven $equiv cells in 'equiv_status -assert'" in log
+
+
+@pytest.mark.parametrize(("lanes", "chain_cells"), [(2, 16), (8, 40)])
+def test_trees_of_packed_products(yosys, lanes, chain_cells):
+    """The adders behind the multipliers: every sum, choice and register, given equal registers before."""
+    trees = [ProductTrees(lanes=lanes, technology=t, chain_cells=chain_cells) for t in ("generic", "ecp5")]
+    code, log = yosys(EQUIVALENCE, gold=trees[0], gate=trees[1])
+    assert code == 0, log[-3000:]
+    assert "Equivalence successfully proven!" in log
+    # All sums of the trees and of the columns took part.
+    proved = int(log.split("Found ")[-1].split()[0])
+    assert proved >= 4 * (sum(lanes >> n + 1 << 3 for n in range(lanes.bit_length() - 1)) + 8 + lanes.bit_length() - 1)
 
 
 @pytest.mark.parametrize("bits", [1, 8, 25])
