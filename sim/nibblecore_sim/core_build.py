@@ -12,8 +12,10 @@ import nibblecore.arch
 import nibblecore_hw
 from nibblecore.arch.config import ArchConfig
 from nibblecore.files import write_atomically
+from nibblecore_hw.synth.devices import FpgaDevice
 
 from .build import Build, build_icarus, build_verilator, cache_dir, to_verilog
+from .netlist import cell_models, make_netlist
 
 TOP = "simulated_core"
 RTL = Path(__file__).parent / "rtl"
@@ -44,16 +46,43 @@ def core_verilog(arch: ArchConfig) -> Path:
 
 
 def build_core(
-    arch: ArchConfig, *, memory_bytes: int, latency: int, simulator: str = "verilator", waves: bool = False
+    arch: ArchConfig,
+    *,
+    memory_bytes: int,
+    latency: int,
+    simulator: str = "verilator",
+    waves: bool = False,
+    netlist: FpgaDevice | None = None,
 ) -> Build:
-    """The simulator of ``arch`` with its memory model, from the cache where it is there."""
+    """The simulator of ``arch`` with its memory model, from the cache where it is there.
+
+    With ``netlist``, of what synthesis for that device made of the core; in Verilator only. Its flip-flops and memories
+    hold at power-up what the configuration of the device gives them.
+    """
+    if netlist is not None and simulator != "verilator":
+        raise ValueError(f"netlists run in Verilator only, not in {simulator}")
     parameters = {
         "BUS_BYTES": arch.bus_bytes,
         "ADDR_BITS": arch.addr_bits,
         "MEMORY_BYTES": memory_bytes,
         "LATENCY": latency,
     }
-    sources = [core_verilog(arch), RTL / "axi_memory.sv", RTL / "simulated_core.sv"]
+    around = [RTL / "axi_memory.sv", RTL / "simulated_core.sv"]
+    if netlist is not None:
+        from nibblecore_hw.top import Accelerator
+
+        core = make_netlist(Accelerator(arch, technology=netlist.technology), netlist, name="nibblecore")
+        models = cell_models(netlist)
+        return build_verilator(
+            TOP,
+            [*models.sources, core.path, *around],
+            parameters=parameters,
+            includes=models.includes,
+            flags=models.flags,
+            optimize=False,
+            waves=waves,
+        )
+    sources = [core_verilog(arch), *around]
     if simulator == "icarus":
         return build_icarus(TOP, sources, parameters=parameters, waves=waves)
     return build_verilator(TOP, sources, parameters=parameters, flags=(*GENERATED, *POWER_UP), waves=waves)

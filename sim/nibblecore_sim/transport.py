@@ -13,6 +13,7 @@ from typing import Any, Final
 from nibblecore.arch.config import ArchConfig
 from nibblecore.errors import ExecutionError, SimulationError
 from nibblecore.runtime.transport import Transport
+from nibblecore_hw.synth.devices import FpgaDevice
 
 from .core_build import build_core, serve_command
 
@@ -45,6 +46,8 @@ class SimTransport(Transport):
         Folder that gets a waveform of the whole session.
     power_up : int
         Seed of what memories and registers without a reset hold at power-up (Verilator), 1 or more.
+    netlist : FpgaDevice, optional
+        Simulate what synthesis for this device makes of the core instead of its RTL; see :mod:`nibblecore_sim.netlist`.
 
     Attributes
     ----------
@@ -61,13 +64,19 @@ class SimTransport(Transport):
         simulator: str = "verilator",
         waves: Path | None = None,
         power_up: int = 1,
+        netlist: FpgaDevice | None = None,
     ) -> None:
         self.arch: ArchConfig = arch
         self.memory_bytes = memory_bytes
         self.timed = True
         self.simulated_seconds = 0.0
         build = build_core(
-            arch, memory_bytes=memory_bytes, latency=latency, simulator=simulator, waves=waves is not None
+            arch,
+            memory_bytes=memory_bytes,
+            latency=latency,
+            simulator=simulator,
+            waves=waves is not None,
+            netlist=netlist,
         )
         self._folder = Path(tempfile.mkdtemp(prefix="nibblecore-"))
         self._waves = waves

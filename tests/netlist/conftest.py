@@ -1,0 +1,90 @@
+# amaranth: UnusedElaboratable=no
+"""Components as netlists of each device, in one simulator per device: most of a build's time is the same for all."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nibblecore.arch.config import ELEMENT_WEIGHT_RANGE, ArchConfig
+from nibblecore_hw.core.array import SystolicArray
+from nibblecore_hw.core.elements import ELEMENTS, make_element
+from nibblecore_hw.core.requantize import RequantLane
+from nibblecore_hw.mem.buffer import BankedBuffer
+from nibblecore_hw.synth.devices import FpgaDevice, get_device
+from nibblecore_sim.netlist import Netlist, Player, Row, make_netlist
+
+DEVICES = ("ecp5-25k", "up5k")
+LANES = 4
+
+
+def small(element: str) -> ArchConfig:
+    return ArchConfig(name="t", lanes=4, columns=4, post_lanes=2, element=element, acc_depth=16, act_depth=256,
+                      weight_depth=256)  # fmt: skip
+
+
+def buffer(**arguments: Any) -> Callable[[str], BankedBuffer]:
+    return lambda technology: BankedBuffer(**arguments)
+
+
+COMPONENTS: dict[str, Callable[[str], Any]] = {
+    **{
+        f"element_{kind}": functools.partial(
+            lambda kind, technology: make_element(kind, lanes=LANES, technology=technology), kind
+        )
+        for kind in ELEMENTS
+    },
+    **{
+        f"array_{kind}": functools.partial(
+            lambda kind, technology: SystolicArray(small(kind), technology=technology), kind
+        )
+        for kind in ELEMENT_WEIGHT_RANGE
+    },
+    "requantizer": lambda technology: RequantLane(acc_bits=24),
+    # A part of 9 bits, a whole word of 36: each way of block RAM.
+    "buffer_parts": buffer(depth=2048, banks=2, word_bits=36, parts=4, kind="dual", readers=3, writers=2),
+    "buffer_words": buffer(depth=512, banks=1, word_bits=32, parts=1, kind="dual", readers=2, writers=1),
+    "buffer_single": buffer(depth=1024, banks=1, word_bits=16, parts=4, kind="single", readers=2, writers=2),
+}
+
+
+def mutant(netlist: Netlist, folder: Path) -> Netlist:
+    """The same netlist with one bit of one table wrong: the entry for all inputs low, which every run meets."""
+    name, table = f"{netlist.name}_mutant", r"(\.(?:INIT|LUT_INIT)\(16'h)([0-9a-f]{4})(\))"
+    text = re.sub(rf"\bmodule {netlist.name}\b", f"module {name}", netlist.path.read_text())
+    match = list(re.finditer(table, text))[-1]
+    text = f"{text[: match.start()]}{match[1]}{int(match[2], 16) ^ 1:04x}{match[3]}{text[match.end() :]}"
+    path = folder / "netlists" / f"{name}.v"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    return dataclasses.replace(netlist, name=name, path=path)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bench:
+    """All components of one device."""
+
+    device: FpgaDevice
+    player: Player
+
+    def component(self, name: str) -> Any:
+        """The component itself, for its model and its latency."""
+        return COMPONENTS[name](self.device.technology)
+
+    def play(self, name: str, rows: Sequence[Row]) -> list[dict[str, int]]:
+        return self.player.play({name: rows})[name]
+
+
+@pytest.fixture(scope="session", params=DEVICES)
+def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    device = get_device(request.param)
+    # The ECP5 has no memory of one port.
+    names = [name for name in COMPONENTS if device.family == "ice40" or name != "buffer_single"]
+    netlists = [make_netlist(COMPONENTS[name](device.technology), device, name=name) for name in names]
+    (bitplane,) = (n for n in netlists if n.name == "element_bitplane")
+    netlists.append(mutant(bitplane, tmp_path_factory.mktemp("mutant")))
+    return Bench(device=device, player=Player(netlists))
