@@ -272,6 +272,22 @@ def test_the_page_says_what_the_records_say() -> None:
     assert "| 12,164 (50%) |" in core
     assert core.endswith("| ≥ 100 MHz *missed*, ≤ 60% of the sites, ≤ 95% of the block RAM *missed* |")
     assert "| tiny on up5k | 32 | – | – | – | – | – | – | – | – | tiny is too large. Lower lanes. |" in text
+    assert "*missed* by all" not in text
+    assert "nibblecore throughput -a small --element bitplane -n resnet18-224 --freq 90  # bitplane 16x16" in text
+    assert "take the tools 0.0 hours of one core" in text
     assert "1.00 ns logic sum" in text
     assert text.endswith("## What was tried\n\nEverything.\n")
     assert "nibblecore synth -a tiny  # tiny on up5k" in text
+
+
+@pytest.mark.parametrize(
+    ("lut", "mhz", "told"),
+    [
+        (25_580, 120.0, "met by bitplane 32x32."),
+        (25_581, 120.0, "*missed* by all."),
+        (25_580, 119.9, "*missed* by all."),
+    ],
+)
+def test_the_page_says_who_meets_the_targets(lut: int, mhz: float, told: str) -> None:
+    text = page({"elements/bitplane 32x32": element(lut, mhz, "large")}, tried="")
+    assert f"at most 25 sites per MAC, at least 120 MHz and at most 3% of the cycles lost: {told}" in text

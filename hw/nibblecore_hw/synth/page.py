@@ -15,7 +15,8 @@ Written by `nibblecore bench-synth` (`make bench-synth`) from `hw/results.json`;
 Every figure is after placement and routing by nextpnr, the measuring harness not counted. **Sites** are LUT4 sites plus
 two for each LUT RAM cell (TRELLIS_COMB + 2·TRELLIS_RAMW on the ECP5), a MAC is one product of nibbles and its sum per
 cycle. Fmax is that of speed grade 6 on the ECP5, the median of all placement seeds and the best of them. Flip-flops are
-counted after synthesis. The command below each table prints a row's figures; results are kept by content.
+counted after synthesis. The command below each table prints a row's figures; results are kept by content. Made anew,
+all of them take the tools {hours:.1f} hours of one core.
 """
 _ELEMENTS: Final = """\
 ## Processing elements
@@ -47,6 +48,11 @@ _PATHS: Final = """\
 
 Of the best seed, by our own names of nets; a step is all that Yosys made of one signal.
 """
+TARGET_MACS: Final = 1024
+TARGET_SITES_PER_MAC: Final = 25
+TARGET_MHZ: Final = 120
+TARGET_LOST: Final = 0.03
+
 _DASH: Final = "–"
 _PLAIN: Final = {"LUT4", "TRELLIS_FF"}
 """Cells that are columns of their own."""
@@ -66,7 +72,8 @@ def page(records: Mapping[str, Record], tried: str | None = None) -> str:
         tried = resources.files(__package__).joinpath("tried.md").read_text(encoding="utf-8")
     groups = {g: [c for c in CONFIGURATIONS if c.group == g] for g in ("elements", "cores", "parts")}
     tools = {f"{tool} {version}" for r in records.values() for tool, version in r["tools"].items()}
-    text = [_TITLE.format(tools=", ".join(sorted(tools)) or "none yet")]
+    hours = sum(r["seconds"] or 0 for r in records.values()) / 3600
+    text = [_TITLE.format(tools=", ".join(sorted(tools)) or "none yet", hours=hours)]
     for section, rows in (
         (_ELEMENTS, [*_elements(groups["elements"], records)]),
         (_NETWORKS, [*_networks(groups["elements"], records)]),
@@ -165,11 +172,33 @@ def _networks(configurations: Sequence[Configuration], records: Mapping[str, Rec
             for name, v in record["throughput"]["networks"].items()
         )
         yield f"\nThe stem's share of the cycles on the array of `{arch}`: {', '.join(shares)}."
+    large = [(c, r) for c, r in found if c.config().macs_per_cycle == TARGET_MACS]
+    if large:
+        met = [c.label for c, r in large if _meets_targets(r)]
+        yield (
+            f"\nThe target at {TARGET_MACS} MAC/cycle, at most {TARGET_SITES_PER_MAC} sites per MAC, at least "
+            f"{TARGET_MHZ} MHz and at most {TARGET_LOST:.0%} of the cycles lost: {_met_by(met)}."
+        )
     if found:
+        yield f"\nWith `-n {names[0]}`, and so for the other:" if len(names) > 1 else ""
         yield "\n```sh"
-        for name in names:
-            yield f"nibblecore throughput -a small --element bitplane -n {name}  # and so on, with --freq"
+        for c, record in found:
+            words = c.command(1).split(" -d ")[0].replace("nibblecore synth", "nibblecore throughput")
+            yield f"{words} -n {names[0]} --freq {record['fmax_median_mhz']:g}  # {c.label}"
         yield "```"
+
+
+def _meets_targets(record: Record) -> bool:
+    lost = [v["lost_cycles"] / v["cycles"] for v in record["throughput"]["networks"].values()]
+    return bool(
+        record["sites_per_mac"] <= TARGET_SITES_PER_MAC
+        and record["fmax_median_mhz"] >= TARGET_MHZ
+        and max(lost) <= TARGET_LOST
+    )
+
+
+def _met_by(labels: Sequence[str]) -> str:
+    return f"met by {' and '.join(labels)}" if labels else "*missed* by all"
 
 
 def _cores(configurations: Sequence[Configuration], records: Mapping[str, Record]) -> Iterable[str]:

@@ -266,10 +266,10 @@ _USED: Final = re.compile(r"^Info:\s+(\w+):\s+(\d+)/\s*(\d+)\s+\d+%$", re.MULTIL
 
 _WHAT_TO_LOWER: Final = {
     "lut": "lanes or columns (the array), or post_lanes",
-    "lutram": "queue_depth, outstanding or burst_beats",
+    "lutram": "columns of an element with tables, queue_depth, outstanding or burst_beats",
     "bram": "act_depth, weight_depth or acc_depth",
     "spram": "act_depth or weight_depth",
-    "dsp": "post_lanes",
+    "dsp": "dsp_columns, columns of the element dsp, or post_lanes",
 }
 """Fields of ArchConfig by the resource that they take most of."""
 
