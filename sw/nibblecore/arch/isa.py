@@ -175,6 +175,8 @@ _WINDOW_FIELDS: Final = (
     _count("dilation_y", 5, "rows from tap to tap"),
 )
 
+_WINDOW: Final = {f.name: f for f in _WINDOW_FIELDS}
+
 _TILE_FIELDS: Final = (
     _count("cols", 10, "output pixels per row of the tile"),
     _count("rows", 10, "rows of the tile"),
@@ -237,10 +239,10 @@ Sums wrap at ``acc_bits``. ``rows * cols`` must not exceed ``acc_depth``.""",
                 _address("out_addr", "word of output pixel (0, 0) in the activation buffer"),
                 _step("out_ox_step", 12, "words from output pixel to output pixel"),
                 _step("out_oy_step", 16, "words from output row to output row"),
-                Field("mode", 2, "0: 4-bit codes, 1: 8-bit codes, 2: acc + bias as 32 bits", allowed=(0, 1, 2)),
                 _count(
                     "bricks", 3, "bricks of the column tile that are written, where columns are a multiple of lanes"
                 ),
+                Field("mode", 2, "0: 4-bit codes, 1: 8-bit codes, 2: acc + bias as 32 bits", allowed=(0, 1, 2)),
                 Field("part", 3, "which part of the brick is written, where columns are a part of lanes"),
                 Field("zero", 8, "z_y, zero point of the requantized code", signed=True),
                 Field("low", 8, "clamp", signed=True),
@@ -275,21 +277,26 @@ word are written (RAW32: the words of that part). ``add`` together with RAW32 is
             Opcode.POOL,
             Engine.POST,
             (
-                _address("in_addr", "word of pixel (y0, x0), brick 0, which may lie outside the map"),
-                _address("out_addr", "word of output pixel (0, 0), brick 0"),
+                # In the order of POST: what both have is at the same place, so that no multiplexer has to choose it.
+                Field("wide", 1, "8-bit codes: a high and a low word per brick"),
                 *_TILE_FIELDS,
+                _WINDOW["x0"],
+                _WINDOW["y0"],
+                _address("out_addr", "word of output pixel (0, 0), brick 0"),
+                _step("out_ox_step", 12, "output words from pixel to pixel"),
+                _step("out_oy_step", 16, "output words from row to row"),
                 _count("bricks", 8, "bricks (of 8-bit codes: pairs of words)"),
-                _count("kernel_x", 5, "window columns"),
-                _count("kernel_y", 5, "window rows"),
+                _step("brick_step", 4, "words from brick to brick, input and output alike"),
+                _WINDOW["width"],
+                _WINDOW["height"],
+                _address("in_addr", "word of pixel (y0, x0), brick 0, which may lie outside the map"),
                 _step("ox_step", 12, "input words from output pixel to output pixel"),
                 _step("oy_step", 16, "input words from output row to output row"),
                 _step("kx_step", 12, "words from tap to tap"),
                 _step("ky_step", 16, "words from window row to window row"),
-                _step("brick_step", 4, "words from brick to brick, input and output alike"),
-                _step("out_ox_step", 12, "output words from pixel to pixel"),
-                _step("out_oy_step", 16, "output words from row to row"),
-                *_WINDOW_FIELDS,
-                Field("wide", 1, "8-bit codes: a high and a low word per brick"),
+                _count("kernel_x", 5, "window columns"),
+                _count("kernel_y", 5, "window rows"),
+                *(_WINDOW[name] for name in ("stride_x", "stride_y", "dilation_x", "dilation_y")),
             ),
             """\
 Max-pool stored codes: per output pixel, brick and lane the largest code of the window's valid taps, and the lowest
