@@ -9,7 +9,7 @@ from amaranth.lib.wiring import In, Out, connect, flipped
 
 from nibblecore.arch.config import ArchConfig
 from nibblecore.arch.isa import Engine, Opcode
-from nibblecore_hw.ctrl.instructions import IN_FLIGHT, InstructionMemory, beat_layout
+from nibblecore_hw.ctrl.instructions import BUFFERED, IN_FLIGHT, InstructionMemory, beat_layout
 from nibblecore_hw.ctrl.issue import IssueStage
 from nibblecore_hw.ctrl.queue import Queue
 from nibblecore_hw.ctrl.semaphores import MASKS, Semaphores
@@ -119,7 +119,8 @@ class IssueSpec(wiring.Component):
     Every instruction signals somebody here, so that one pulse of ``signal`` is one instruction. One instruction is
     followed, that with any number, from its queue to its signal. An instruction is one beat.
 
-    With ``memory`` its queue is the real one, which is written at any time, also where nothing comes of it. Without,
+    With ``memory`` its queue is the real one, which is written at any time, also where nothing comes of it, in the slot
+    behind the queue and in those that fetch may write ahead. Without,
     it is anything that brings what was queued, whenever it likes, and whose slots are those of the pointers.
     """
 
@@ -133,6 +134,7 @@ class IssueSpec(wiring.Component):
                 "signal": In(4),
                 "tag": In(2),
                 "write": In(1),
+                "ahead": In(range(BUFFERED)),
                 "queue": In(1),
                 "ask": In(1),
                 "ready": In(1),
@@ -244,13 +246,14 @@ class IssueSpec(wiring.Component):
         m.submodules.memory = memory
         stage, n = self.stage, int(Engine.MAC)
         entry, written, asking = Signal.like(fresh), Signal(), Signal()
+        now = self.write & (self.ahead == 0)
         m.d.comb += [
             memory.write.en.eq(self.write),
             memory.write.engine.eq(n),
             memory.write.beat.eq(fresh),
             Assume(~self.queue | written),
-            Assume(~self.queue | ~self.write),  # fetch writes the next instruction later
-            memory.tail[n].eq(stage.tail),
+            Assume(~self.queue | ~now),  # fetch writes the next instruction later
+            memory.write.slot.eq(stage.tail + self.ahead),
             memory.head[n].eq(stage.head),
             memory.oldest[n].eq(stage.oldest),
             memory.want.eq(stage.want << n),
@@ -262,7 +265,7 @@ class IssueSpec(wiring.Component):
             stage.known_stb.eq(memory.known_stb[n]),
         ]
         m.d.sync += asking.eq((asking | self.ask) & ~memory.index_stb)
-        with m.If(self.write):
+        with m.If(now):
             m.d.sync += [entry.eq(fresh), written.eq(1)]
         with m.If(self.queue):
             m.d.sync += written.eq(0)

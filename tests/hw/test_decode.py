@@ -1,14 +1,16 @@
+# amaranth: UnusedElaboratable=no
 """The hardware decoder accepts exactly what `isa.decode` accepts."""
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import pytest
 from amaranth.sim import Simulator, SimulatorContext
 
 from nibblecore.arch import isa
 from nibblecore.arch.isa import INSTRUCTION_BITS, INSTRUCTIONS, Engine, InstructionSpec, Opcode
-from nibblecore_hw.ctrl.decode import Decoder
+from nibblecore_hw.ctrl.decode import BeatDecoder, Decoder
+from nibblecore_sim.pysim import simulate
 
 
 def random_legal(spec: InstructionSpec, rng: random.Random) -> int:
@@ -23,8 +25,11 @@ def random_legal(spec: InstructionSpec, rng: random.Random) -> int:
             continue
 
 
-def check(words: Iterable[int], note: str) -> tuple[int, int]:
-    """Compare the decoder with `isa.decode`; how many words were legal, and how many not."""
+def check(words: Iterable[int], note: str, beats: Sequence[int] = (64,)) -> tuple[int, int]:
+    """Compare all decoders with `isa.decode`; how many words were legal, and how many not."""
+    words = list(words)
+    for beat_bits in beats:
+        check_beats(words, beat_bits, note)
     dut = Decoder()
     seen = [0, 0]
 
@@ -45,6 +50,33 @@ def check(words: Iterable[int], note: str) -> tuple[int, int]:
     sim.add_testbench(bench)
     sim.run()
     return seen[0], seen[1]
+
+
+def check_beats(words: list[int], beat_bits: int, note: str) -> None:
+    """Compare the decoder of beats, one per cycle without a gap."""
+    dut = BeatDecoder(beat_bits=beat_bits)
+    beats = INSTRUCTION_BITS // beat_bits
+    told: list[tuple[int, int]] = []
+
+    async def bench(ctx: SimulatorContext) -> None:
+        ctx.set(dut.en, 1)
+        for n in range(beats * len(words) + 1):
+            if n and not n % beats:
+                told.append((ctx.get(dut.legal), ctx.get(dut.end)))
+            if n == beats * len(words):
+                return
+            word = words[n // beats]
+            ctx.set(dut.number, n % beats)
+            ctx.set(dut.beat, word >> n % beats * beat_bits & (1 << beat_bits) - 1)
+            if Decoder.is_legal(word) and (engine := BeatDecoder.model(word)) is not None:
+                assert ctx.get(dut.engine) == engine, f"{word:#066x} in beats of {beat_bits} bits ({note})"
+            await ctx.tick()
+
+    simulate(dut, bench, max_cycles=beats * len(words) + 2)
+    assert len(told) == len(words)
+    for word, (legal, end) in zip(words, told, strict=True):
+        assert legal == Decoder.is_legal(word), f"{word:#066x} in beats of {beat_bits} bits ({note})"
+        assert not legal or end == (Decoder.model(word) is None), f"{word:#066x} in beats of {beat_bits} bits ({note})"
 
 
 @pytest.mark.parametrize("opcode", Opcode)
@@ -94,7 +126,7 @@ def test_every_class_of_illegal_encodings() -> None:
                     word |= (rule.values[name] - field.offset & (1 << field.bits) - 1) << low
                 words.append(word)
         words += [base | 1 << bit for bit in range(spec.bits, INSTRUCTION_BITS)]  # spare bits
-    legal, illegal = check(words, "enumerated")
+    legal, illegal = check(words, "enumerated", beats=(32, 64, 128, 256))
     assert legal > 80
     assert illegal > 300
 
@@ -102,3 +134,8 @@ def test_every_class_of_illegal_encodings() -> None:
 def test_model_names_the_engine() -> None:
     assert Decoder.model(isa.encode(isa.make(Opcode.POOL))) is Engine.POST
     assert Decoder.model(isa.encode(isa.make(Opcode.END))) is None
+
+
+def test_arguments() -> None:
+    with pytest.raises(ValueError, match=r"^beat_bits must be a power of two in 32\.\.256, not 48$"):
+        BeatDecoder(beat_bits=48)

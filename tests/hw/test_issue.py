@@ -6,7 +6,7 @@ from collections import deque
 
 import pytest
 from amaranth import Module
-from amaranth.hdl import Elaboratable
+from amaranth.hdl import Array, Elaboratable
 from amaranth.sim import SimulatorContext
 
 from nibblecore.arch import isa
@@ -53,6 +53,7 @@ class Cluster(Elaboratable):
         m = Module()
         m.submodules.semaphores = semaphores = self.semaphores
         m.submodules.memory = memory = self.memory
+        m.d.comb += memory.write.slot.eq(Array(self.stages[e].tail for e in Engine)[memory.write.engine])
         for engine, stage in self.stages.items():
             m.submodules[engine.name.lower()] = stage
             m.d.comb += [
@@ -60,7 +61,6 @@ class Cluster(Elaboratable):
                 stage.full.eq(semaphores.full[int(engine)]),
                 semaphores.take[int(engine)].eq(stage.take),
                 semaphores.signal[int(engine)].eq(stage.signal),
-                memory.tail[int(engine)].eq(stage.tail),
                 memory.head[int(engine)].eq(stage.head),
                 memory.oldest[int(engine)].eq(stage.oldest),
                 memory.want[int(engine)].eq(stage.want),

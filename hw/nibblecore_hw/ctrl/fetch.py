@@ -2,21 +2,18 @@
 
 from typing import Any
 
-from amaranth import Cat, Module, Signal
+from amaranth import Module, Mux, ResetInserter, Signal, Value
 from amaranth.lib import data, stream, wiring
-from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from nibblecore.arch.config import ArchConfig
-from nibblecore.arch.isa import HEADER, INSTRUCTION_BITS, INSTRUCTIONS, Engine
+from nibblecore.arch.isa import Engine
 from nibblecore.arch.regs import ErrorCause
 
 from ..layouts import INDEX_BITS, axi_read_signature, region_layout
-from .decode import Decoder
-from .instructions import beat_bytes, beats_per_instruction, write_signature
-
-BUFFERED = 4
-"""Instructions that the prefetch buffer holds."""
+from .decode import BeatDecoder
+from .instructions import BUFFERED, beat_bytes, beats_per_instruction, write_signature
+from .queue import Queue
 
 BURST_INSTRUCTIONS = 2
 """Instructions of a full burst, where ``burst_beats`` allows it."""
@@ -38,11 +35,12 @@ def check_arguments(*, arch: ArchConfig, axi_id: int, id_bits: int) -> None:
 class Fetch(wiring.Component):
     """Read instructions in order, check them, and put each into one of four queues.
 
-    The beats of a word are written behind its engine's queue as they come; the word counts as queued when it has been
-    checked and there is room.
+    The beats of a word are written behind its engine's queue as they come, up to
+    :data:`~nibblecore_hw.ctrl.instructions.BUFFERED` words ahead: there is no other prefetch buffer. A word counts as
+    queued when it has been checked, all before it are queued, and there is room.
 
     A burst ends at a multiple of its full length, so that none crosses a 4 KiB boundary, and is requested only when its
-    data fit the prefetch buffer: ``rready`` is always high, and fetch never blocks the read channel for others. Nothing
+    words may be prefetched: ``rready`` is always high, and fetch never blocks the read channel for others. Nothing
     is read beyond the last whole instruction of the region or beyond 2**``addr_bits``. A beat is 32 bytes where the bus
     is wider (a narrow burst, each beat on its lanes).
 
@@ -53,7 +51,7 @@ class Fetch(wiring.Component):
 
     Cycles: the first request is on the bus 3 cycles after ``start_stb``; with ``n = max(1, 256 / bus_bits)`` beats per
     instruction, an instruction is offered ``n + 3`` cycles after its first beat arrived at the earliest, and one every
-    ``n + 3`` cycles follows while the bus keeps up.
+    ``max(2, n)`` cycles follows while the bus keeps up.
 
     Parameters
     ----------
@@ -79,13 +77,14 @@ class Fetch(wiring.Component):
     ended : Out(1)
         END was reached; from the cycle after the last dispatch until the next start.
     write : Out(write_signature(arch))
-        Beats for the memory that holds the queues, at most one of each number for each ``index``, in order.
+        Beats for the memory that holds the queues, in order; at most one of each number for each ``index``. From a
+        start on an engine's words go to slots 0, 1, 2... of its ring.
     queue : Out(4)
-        One-hot: what was written last is an instruction for that engine's queue. Stays until there is ``room``.
+        One-hot: the next word of that engine is an instruction of its queue. Stays until there is ``room``.
     room : In(4)
         An engine's queue has room.
     index : Out(24)
-        The instruction that is dispatched next, modulo 2**24.
+        The instruction that has stopped fetch; until then the one that comes from memory. Modulo 2**24.
     error_stb, error_cause : Out(1), Out(8)
         One pulse, with a :class:`nibblecore.arch.regs.ErrorCause`, for instruction ``index``; at most one per start.
     progress_stb : Out(1)
@@ -151,23 +150,25 @@ class Fetch(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         active = Signal()  # started, and not stopped by anything yet
-        exhausted = Signal()  # nothing is left to request, to come or to take out
-        beats = stream.Signature(self._beat_layout()).create(path=("beats",))
-        self._read(m, active, beats, exhausted)
-        self._dispatch(m, active, beats, exhausted)
+        reading = Signal()  # no word has been found that is the last
+        taken = Signal()  # an instruction has left the prefetched ones
+        exhausted = Signal()  # nothing is left to request or to come
+        arrived = stream.Signature(self._beat_layout(), always_ready=True).create(path=("arrived",))
+        self._request(m, active & reading, taken, exhausted)
+        self._arrive(m, arrived)
+        self._dispatch(m, active, reading, taken, exhausted, arrived)
         return m
 
     def _beat_layout(self) -> data.StructLayout:
         return data.StructLayout({"bits": 8 * self.beat_bytes, "error": 1})
 
-    def _read(self, m: Module, active: Signal, beats: Any, exhausted: Signal) -> None:
-        """Bus side: requests, and the prefetch buffer that fills ``beats``."""
+    def _request(self, m: Module, active: Value, taken: Signal, exhausted: Signal) -> None:
+        """Bursts, for as many instructions as may wait for their turn."""
         arch, axi = self._arch, self.axi
         beat_log2 = (self.beat_bytes - 1).bit_length()
         burst = self.burst_beats
         burst_log2 = (burst - 1).bit_length()
         depth = BUFFERED * self.beats_per_instruction
-        depth_log2 = (depth - 1).bit_length()
         word_beats_log2 = (self.beats_per_instruction - 1).bit_length()
 
         # One bit above a 32-bit address shows that the region leaves the address space.
@@ -176,78 +177,44 @@ class Fetch(wiring.Component):
         length = Signal(burst_log2 + 1, reset_less=True)  # beats of the next burst
         prepared = Signal()  # `length` is valid
         in_flight = Signal(range(BURSTS + 1))
-        # Beats modulo twice the buffer's depth: reserved by a request, received, taken out.
-        reserved, received, taken = Signal(depth_log2 + 1), Signal(depth_log2 + 1), Signal(depth_log2 + 1)
+        reserved = Signal(range(depth + 1))  # beats that were requested, until their instruction has had its turn
         outside = addr[arch.addr_bits - beat_log2 :].any() if arch.addr_bits <= 32 else 0
         at_limit = Signal()
         m.d.comb += at_limit.eq((left == 0) | outside)
 
         to_boundary = Signal(burst_log2 + 1)
         m.d.comb += to_boundary.eq(burst - addr[:burst_log2])
-        issue = Signal()
-        room = (reserved - taken)[: depth_log2 + 1] <= depth - burst
-        m.d.comb += issue.eq(
-            active & ~self.stop & prepared & ~axi.arvalid & room & (in_flight < min(BURSTS, arch.outstanding))
-        )
-        with m.If(axi.arvalid & axi.arready):
-            m.d.sync += axi.arvalid.eq(0)
+        issue, accepted = Signal(), Signal()
+        room = (reserved <= depth - burst) & (in_flight < min(BURSTS, arch.outstanding))
+        m.d.comb += [
+            issue.eq(active & ~self.stop & prepared & ~axi.arvalid & room),
+            accepted.eq(axi.arvalid & axi.arready),
+        ]
         with m.If(issue):
-            m.d.sync += [
-                prepared.eq(0),
-                axi.arvalid.eq(1),
-                axi.araddr.eq(addr << beat_log2),
-                axi.arlen.eq(length - 1),
-                addr.eq(addr + length),
-                left.eq(left - length),
-                reserved.eq(reserved + length),
-            ]
+            m.d.sync += axi.arvalid.eq(1)
+        with m.If(accepted):
+            m.d.sync += [axi.arvalid.eq(0), prepared.eq(0), addr.eq(addr + length), left.eq(left - length)]
         with m.Elif(active & ~prepared):
-            m.d.sync += [
-                length.eq(to_boundary),
-                prepared.eq(~at_limit),
-            ]
+            m.d.sync += [length.eq(to_boundary), prepared.eq(~at_limit)]
             # `left < to_boundary`, without a comparator of the width of `left`
             with m.If((left[burst_log2 + 1 :] == 0) & (left[: burst_log2 + 1] < to_boundary)):
                 m.d.sync += length.eq(left[: burst_log2 + 1])
+        m.d.sync += reserved.eq(reserved + Mux(issue, length, 0) - (taken << word_beats_log2))
         last = axi.rvalid & axi.rlast
         with m.If(issue & ~last):
             m.d.sync += in_flight.eq(in_flight + 1)
         with m.Elif(~issue & last):
             m.d.sync += in_flight.eq(in_flight - 1)
         m.d.comb += [
+            axi.araddr.eq(addr << beat_log2),
+            axi.arlen.eq(length - 1),
             axi.arid.eq(self._axi_id),
             axi.arsize.eq(beat_log2),
             axi.arburst.eq(0b01),  # incrementing
             axi.arcache.eq(0b0011),  # normal memory, not cacheable, bufferable
-            axi.rready.eq(1),
             self.idle.eq(in_flight == 0),
+            exhausted.eq(at_limit & ~prepared & (in_flight == 0)),
         ]
-
-        m.submodules.buffer = buffer = Memory(
-            shape=self._beat_layout(), depth=depth, init=[], attrs={"ram_style": "distributed"}
-        )
-        write, read = buffer.write_port(), buffer.read_port(domain="comb")
-        m.d.comb += [
-            write.addr.eq(received[:depth_log2]),
-            write.data.bits.eq(axi.rdata),
-            write.data.error.eq(axi.rresp[1]),  # SLVERR or DECERR
-            write.en.eq(axi.rvalid),
-            read.addr.eq(taken[:depth_log2]),
-        ]
-        if arch.bus_bytes > self.beat_bytes:
-            lanes = Signal(range(arch.bus_bytes // self.beat_bytes))
-            m.d.comb += write.data.bits.eq(axi.rdata.word_select(lanes, 8 * self.beat_bytes))
-            with m.If(self.start_stb):
-                m.d.sync += lanes.eq(self.region.base[beat_log2:])
-            with m.Elif(axi.rvalid):
-                m.d.sync += lanes.eq(lanes + 1)
-        with m.If(axi.rvalid):
-            m.d.sync += received.eq(received + 1)
-
-        m.d.comb += [beats.valid.eq(received != taken), beats.payload.eq(read.data)]
-        with m.If(beats.valid & beats.ready):
-            m.d.sync += taken.eq(taken + 1)
-
         with m.If(self.start_stb):
             whole = self.region.size[5:]
             m.d.sync += [
@@ -255,85 +222,96 @@ class Fetch(wiring.Component):
                 left.eq(whole << word_beats_log2),
                 prepared.eq(0),
                 reserved.eq(0),
-                received.eq(0),
-                taken.eq(0),
             ]
-        m.d.comb += exhausted.eq(at_limit & ~prepared & (in_flight == 0) & ~beats.valid)
 
-    def _dispatch(self, m: Module, active: Signal, beats: Any, exhausted: Signal) -> None:
-        """Assemble words, decode them, and offer them to the queues."""
-        beats_per_word = self.beats_per_instruction
-        beat_bits = 8 * self.beat_bytes
-        word = Signal(INSTRUCTION_BITS, reset_less=True)
+    def _arrive(self, m: Module, arrived: Any) -> None:
+        """The bus' data, a cycle later."""
+        axi = self.axi
+        bits: Value = axi.rdata
+        if self._arch.bus_bytes > self.beat_bytes:
+            beat_log2 = (self.beat_bytes - 1).bit_length()
+            lanes = Signal(range(self._arch.bus_bytes // self.beat_bytes))
+            bits = axi.rdata.word_select(lanes, 8 * self.beat_bytes)
+            with m.If(self.start_stb):
+                m.d.sync += lanes.eq(self.region.base[beat_log2:])
+            with m.Elif(axi.rvalid):
+                m.d.sync += lanes.eq(lanes + 1)
+        beat, valid = Signal(self._beat_layout(), name="beat", reset_less=True), Signal(name="beat_valid")
+        m.d.comb += [axi.rready.eq(1), arrived.payload.eq(beat), arrived.valid.eq(valid)]
+        m.d.sync += [beat.bits.eq(bits), beat.error.eq(axi.rresp[1]), valid.eq(axi.rvalid)]  # SLVERR or DECERR
+
+    def _dispatch(
+        self, m: Module, active: Signal, reading: Signal, taken: Signal, exhausted: Signal, arrived: Any
+    ) -> None:
+        """Write beats to where their instruction is looked for, judge it, and offer it when its turn has come."""
+        write, beats = self.write, self.beats_per_instruction
+        m.submodules.decoder = decoder = BeatDecoder(beat_bits=8 * self.beat_bytes)
+        number = Signal(range(beats))
         bad = Signal(reset_less=True)  # a beat of the word came with an error
-        filled = Signal(range(beats_per_word + 1))
-        m.submodules.decoder = decoder = Decoder()
-        m.d.comb += decoder.word.eq(word)
-        legal, end = Signal(reset_less=True), Signal(reset_less=True)
-        queued = Signal()
+        engine = Signal.like(decoder.engine, reset_less=True)
+        judge = Signal()  # the word before is complete
+        slots = [Signal(len(write.slot), name=f"slot_{e.name.lower()}") for e in Engine]
+        use, complete, good = Signal(), Signal(), Signal()
         m.d.comb += [
-            queued.eq((self.queue & self.room).any()),
-            self.progress_stb.eq(self.axi.rvalid | queued),
+            use.eq(arrived.valid & reading),
+            complete.eq(use & (number == beats - 1)),
+            decoder.beat.eq(arrived.payload.bits),
+            decoder.number.eq(number),
+            decoder.en.eq(use),
+            write.en.eq(use),
+            write.engine.eq(decoder.engine),
+            write.number.eq(number),
+            write.beat.bits.eq(arrived.payload.bits),
+            write.beat.index.eq(self.index.word_select(number, len(write.beat.index))),
+            good.eq(~bad & decoder.legal & ~decoder.end),
         ]
+        m.d.sync += judge.eq(complete)
+        with m.If(use):
+            m.d.sync += [
+                engine.eq(decoder.engine),
+                bad.eq(arrived.payload.error | (bad & (number != 0))),
+                number.eq(Mux(complete, 0, number + 1)),
+            ]
+        with m.Switch(decoder.engine):
+            for e in Engine:
+                with m.Case(int(e)):
+                    m.d.comb += write.slot.eq(slots[e])
+                    with m.If(complete):
+                        m.d.sync += slots[e].eq(slots[e] + 1)
 
-        # A beat goes on to the engine's memory a cycle after it has entered the word: the opcode in the first one says
-        # to whose. Whether it is an instruction, and whether there is room, is seen when all are there.
-        write, first = self.write, word[-beat_bits:]
-        engine = Signal.like(write.engine, reset_less=True)
-        m.d.comb += [
-            write.beat.bits.eq(first),
-            write.beat.index.eq(self.index.word_select(write.number, len(write.beat.index))),
-            write.engine.eq(engine),
-        ]
-        with m.If(write.number == 0), m.Switch(first[: HEADER[0].bits]):
-            for spec in INSTRUCTIONS.values():
-                if spec.engine is not None:
-                    with m.Case(int(spec.opcode)):
-                        m.d.comb += write.engine.eq(int(spec.engine))
-        with m.If(write.en):
-            m.d.sync += engine.eq(write.engine)
-        m.d.sync += [write.en.eq(0), write.number.eq(filled)]
+        # Instructions wait for their turn: of each, whose it is. Meanwhile those behind it come, up to a word that is
+        # none, which has its turn when all before it have had theirs. What comes behind that counts for nothing.
+        m.submodules.turns = turns = ResetInserter(self.start_stb)(Queue(shape=len(engine), depth=BUFFERED))
+        m.d.comb += [turns.i.valid.eq(judge & reading & good), turns.i.payload.eq(engine)]
+        cause = Signal(ErrorCause, reset_less=True)
+        by_end = Signal(reset_less=True)
+        fails = judge & reading & ~good
+        with m.If(fails):
+            m.d.sync += [
+                reading.eq(0),
+                by_end.eq(~bad & decoder.legal),
+                cause.eq(Mux(bad, ErrorCause.BUS_READ, ErrorCause.ILLEGAL_INSTRUCTION)),
+            ]
+        # One that was counted before it was judged is not counted after all.
+        with m.If(complete | fails):
+            m.d.sync += self.index.eq(self.index + Mux(fails, -1, 1))
 
-        def fail(cause: ErrorCause) -> None:
-            m.d.sync += [self.error_stb.eq(1), self.error_cause.eq(int(cause)), active.eq(0)]
-
+        m.d.comb += [taken.eq((self.queue & self.room).any()), self.progress_stb.eq(self.axi.rvalid | taken)]
         m.d.sync += self.error_stb.eq(0)
-        with m.FSM(name="dispatch_state"):
-            with m.State("FILL"):
-                with m.If(self.stop):
-                    m.d.sync += active.eq(0)
-                with m.Elif(active):
-                    with m.If(beats.valid):
-                        m.d.comb += beats.ready.eq(1)
-                        # First beat in the low bits: beats enter at the top and move down.
-                        m.d.sync += [
-                            word.eq(Cat(word[beat_bits:], beats.payload.bits)),
-                            bad.eq(beats.payload.error | (bad & (filled != 0))),
-                            filled.eq(filled + 1),
-                            write.en.eq(1),
-                        ]
-                        with m.If(filled == beats_per_word - 1):
-                            m.next = "DECODE"
-                    with m.Elif(exhausted):
-                        fail(ErrorCause.REGION)
-            with m.State("DECODE"):
-                m.d.sync += [filled.eq(0), legal.eq(decoder.legal), end.eq(decoder.end)]
-                m.next = "JUDGE"
-            with m.State("JUDGE"):
-                m.next = "FILL"
-                with m.If(self.stop):
-                    m.d.sync += active.eq(0)
-                with m.Elif(bad):
-                    fail(ErrorCause.BUS_READ)
-                with m.Elif(~legal):
-                    fail(ErrorCause.ILLEGAL_INSTRUCTION)
-                with m.Elif(end):
-                    m.d.sync += [self.ended.eq(1), active.eq(0)]
-                with m.Else():
-                    m.d.sync += self.queue.eq(1 << engine)
-                    m.next = "OFFER"
-            with m.State("OFFER"), m.If(queued):
-                m.d.sync += [self.queue.eq(0), self.index.eq(self.index + 1)]
-                m.next = "FILL"
+        with m.If(taken):
+            m.d.sync += self.queue.eq(0)
+        with m.Elif(active & ~self.stop & ~self.queue.any()):
+            with m.If(turns.o.valid):
+                m.d.comb += turns.o.ready.eq(1)
+                m.d.sync += [self.queue[int(e)].eq(turns.o.payload == int(e)) for e in Engine]
+            with m.Elif(~reading):
+                m.d.sync += [self.ended.eq(by_end), self.error_stb.eq(~by_end), active.eq(0)]
+                m.d.sync += self.error_cause.eq(cause)
+            with m.Elif(exhausted & ~arrived.valid & ~judge):
+                m.d.sync += [self.error_stb.eq(1), active.eq(0)]
+                m.d.sync += self.error_cause.eq(ErrorCause.REGION)
+        with m.If(self.stop):
+            m.d.sync += active.eq(0)
         with m.If(self.start_stb):
-            m.d.sync += [active.eq(1), self.ended.eq(0), self.index.eq(0), filled.eq(0)]
+            m.d.sync += [active.eq(1), reading.eq(1), self.ended.eq(0), self.index.eq(0), number.eq(0), judge.eq(0)]
+            m.d.sync += [slot.eq(0) for slot in slots]

@@ -17,6 +17,9 @@ ENGINE_BITS = (len(Engine) - 1).bit_length()
 IN_FLIGHT = 4
 """Instructions that an engine may have been given and not yet finished."""
 
+BUFFERED = 4
+"""Instructions that fetch may have read before their turn to be queued has come."""
+
 
 def beat_bytes(arch: ArchConfig) -> int:
     """Bytes in which instructions move: a bus beat, or a whole instruction where the bus is wider."""
@@ -41,10 +44,10 @@ def beats_of(arch: ArchConfig, engine: Engine) -> int:
 def slot_bits(arch: ArchConfig) -> int:
     """Bits of the number of a slot in an engine's ring of instructions.
 
-    A ring has room for a full queue, for what its engine has accepted and not finished, and for one instruction more,
-    into which fetch writes before it knows whether that is an instruction, and whether there is room for it.
+    A ring has room for a full queue, for what its engine has accepted and not finished, and for all that fetch has
+    read ahead, as that may be one engine's.
     """
-    return (arch.queue_depth + IN_FLIGHT).bit_length()
+    return (arch.queue_depth + IN_FLIGHT + BUFFERED - 1).bit_length()
 
 
 def beat_layout(arch: ArchConfig) -> data.StructLayout:
@@ -53,11 +56,12 @@ def beat_layout(arch: ArchConfig) -> data.StructLayout:
 
 
 def write_signature(arch: ArchConfig) -> Signature:
-    """From fetch: a beat for the slot behind the last instruction of ``engine``."""
+    """From fetch: a beat for a slot of ``engine``."""
     return Signature(
         {
             "en": Out(1),
             "engine": Out(ENGINE_BITS),
+            "slot": Out(slot_bits(arch)),
             "number": Out(range(beats_per_instruction(arch))),
             "beat": Out(beat_layout(arch)),
         }
@@ -68,9 +72,9 @@ class InstructionMemory(wiring.Component):
     """One block RAM for the queues of all engines; instructions move through it beat by beat.
 
     Each engine has a ring of slots, whose pointers belong to its :class:`nibblecore_hw.ctrl.issue.IssueStage`. Fetch
-    writes to the slot at ``tail``. Where an engine wants the instruction at ``head``, its beats are read one per cycle
-    without a gap; of several engines the lowest is served first, and none is interrupted. The index of the instruction
-    at ``oldest`` is read when the supervisor asks for it, which is before everything else.
+    writes to slots that are not in the queue yet. Where an engine wants the instruction at ``head``, its beats are read
+    one per cycle without a gap; of several engines the lowest is served first, and none is interrupted. The index of
+    the instruction at ``oldest`` is read when the supervisor asks for it, which is before everything else.
 
     Cycles: the first beat is given in the cycle after the one in which ``want`` rises, if no other is being served.
     An index is found ``n + 2`` cycles after ``lookup`` rises, ``n`` being the beats of an instruction, where nobody is
@@ -85,8 +89,8 @@ class InstructionMemory(wiring.Component):
     -------
     write : In(write_signature(arch))
         From fetch.
-    tail, head, oldest : In(data.ArrayLayout)
-        Slots, by engine: where fetch writes, what is read next, the oldest unfinished instruction.
+    head, oldest : In(data.ArrayLayout)
+        Slots, by engine: what is read next, the oldest unfinished instruction.
     want : In(4)
         Engines that want the instruction at ``head``. Stays until ``known_stb``.
     beat : Out(8 * beat_bytes)
@@ -105,7 +109,6 @@ class InstructionMemory(wiring.Component):
     """
 
     write: Any
-    tail: Any
     head: Any
     oldest: Any
     want: Signal
@@ -126,7 +129,6 @@ class InstructionMemory(wiring.Component):
         super().__init__(
             {
                 "write": In(write_signature(arch)),
-                "tail": In(slots),
                 "head": In(slots),
                 "oldest": In(slots),
                 "want": In(len(Engine)),
@@ -153,7 +155,7 @@ class InstructionMemory(wiring.Component):
         )
         write, read = memory.write_port(), memory.read_port()
         m.d.comb += [
-            write.addr.eq(Cat(self.write.number[:beat_addr_bits], self.tail[self.write.engine], self.write.engine)),
+            write.addr.eq(Cat(self.write.number[:beat_addr_bits], self.write.slot, self.write.engine)),
             write.data.eq(self.write.beat),
             write.en.eq(self.write.en),
         ]
