@@ -1,4 +1,5 @@
 # amaranth: UnusedElaboratable=no
+import itertools
 import math
 import random
 from collections import deque
@@ -13,7 +14,7 @@ from nibblecore.arch import numerics
 from nibblecore.arch.config import ArchConfig
 from nibblecore.arch.isa import Instruction, Opcode, OutputMode, encode, make
 from nibblecore.golden import GoldenCore, GoldenMemory
-from nibblecore_hw.core.post import PostUnit, WordFifo
+from nibblecore_hw.core.post import PostUnit, RecordStore, WordFifo
 from nibblecore_hw.layouts import ACC_READ_LATENCY, READ_LATENCY
 from nibblecore_sim.pysim import Stalls, simulate
 
@@ -138,6 +139,7 @@ def run(
         }  # fmt: skip
         for port in stalls:
             ctx.set(port.ready, 1)
+        wanted_by_others = Stalls(stall, seed=seed + 8)
         for instruction, length in abandoned:
             ctx.set(dut.command.payload, encode(instruction))
             ctx.set(dut.command.valid, 1)
@@ -153,6 +155,7 @@ def run(
         while done < len(program):
             for port, pauses in stalls.items():
                 ctx.set(port.ready, not pauses.pause())
+            ctx.set(dut.params_wanted, wanted_by_others.pause())
             if began is None and sent < len(program) and sent == done and not gaps.pause():
                 began = now
                 ctx.set(dut.command.payload, encode(program[sent]))
@@ -306,6 +309,29 @@ def test_lost_grants_cost_at_most_a_cycle_each(port: str) -> None:
     _, cycles, refused, strobes = run(around, program, stall=0.3, seed=6)
     assert strobes <= refused
     assert sum(cycles) <= sum(PostUnit.cycles(arch, i) for i in program) + refused
+
+
+def test_records_leave_every_second_cycle_to_who_waits_for_the_port() -> None:
+    arch = ARCHS[4, 4, 2]
+    for wanted in (0, 1):
+        dut = RecordStore(arch)
+        asked: list[int] = []
+
+        async def bench(ctx: Any, dut: Any = dut, wanted: int = wanted, asked: list[int] = asked) -> None:
+            for signal, value in ((dut.wanted, wanted), (dut.params.ready, 1), (dut.start, 1), (dut.addr, 5)):
+                ctx.set(signal, value)
+            await ctx.tick()
+            ctx.set(dut.start, 0)
+            for cycle in itertools.count(1):
+                if ctx.get(dut.params.valid):
+                    asked.append(cycle)
+                if ctx.get(dut.loaded):
+                    assert cycle == asked[-1] + READ_LATENCY + 1
+                    break
+                await ctx.tick()
+
+        simulate(dut, bench, max_cycles=100)
+        assert asked == list(range(1, 1 + arch.param_words * (1 + wanted), 1 + wanted))
 
 
 def golden(around: Surroundings) -> GoldenCore:

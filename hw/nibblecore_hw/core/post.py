@@ -40,8 +40,9 @@ class RecordStore(wiring.Component):
     """Loads the requantization records of a column tile from the weight buffer, and gives them out group by group.
 
     Loading takes ``param_words + READ_LATENCY + 1`` cycles from ``start`` to ``loaded``, plus the cycles in which the
-    buffer does not grant. ``records`` belongs to ``group`` and ``again`` of :attr:`LATENCY` cycles before. Records stay
-    until the next ``start``.
+    buffer does not grant. A word that somebody else waits for (``wanted``) is followed by a cycle without a request, so
+    that both are served in turn; this at most doubles the cycles. ``records`` belongs to ``group`` and ``again`` of
+    :attr:`LATENCY` cycles before. Records stay until the next ``start``.
 
     Parameters
     ----------
@@ -55,7 +56,9 @@ class RecordStore(wiring.Component):
     addr : In
         First word, looked at with ``start``.
     params : Out(read_port(...))
-        To the weight buffer.
+        To the weight buffer; ``valid`` is a register.
+    wanted : In(1)
+        Somebody else asks for the port of ``params``.
     loaded : Out(1)
         High from the end of loading to the next ``start``.
     again : In(1)
@@ -73,6 +76,7 @@ class RecordStore(wiring.Component):
     start: Signal
     addr: Signal
     params: Any
+    wanted: Signal
     loaded: Signal
     again: Signal
     again_record: data.View
@@ -87,6 +91,7 @@ class RecordStore(wiring.Component):
                 "start": In(1),
                 "addr": In(addr_bits),
                 "params": Out(read_port(addr_bits=addr_bits, word_bits=arch.word_bits)),
+                "wanted": In(1),
                 "loaded": Out(1),
                 "again": In(1),
                 "again_record": In(param_layout()),
@@ -105,7 +110,7 @@ class RecordStore(wiring.Component):
         assert per_word <= lanes
         assert words * word_bits == arch.columns * PARAM_BITS
 
-        requesting = Signal()
+        requesting, pausing = Signal(), Signal()
         left = Signal(range(words))
         addr = Signal.like(self.addr)
         granted = Signal()
@@ -115,7 +120,14 @@ class RecordStore(wiring.Component):
             granted.eq(requesting & self.params.ready),
         ]
         with m.If(granted):
-            m.d.sync += [addr.eq(addr + 1), left.eq(left - 1), requesting.eq(left != 0)]
+            m.d.sync += [
+                addr.eq(addr + 1),
+                left.eq(left - 1),
+                requesting.eq((left != 0) & ~self.wanted),
+                pausing.eq((left != 0) & self.wanted),
+            ]
+        with m.Elif(pausing):
+            m.d.sync += [requesting.eq(1), pausing.eq(0)]
         arrives = granted
         for i in range(READ_LATENCY):
             stage = Signal(name=f"arrives_{i + 1}")
@@ -134,7 +146,7 @@ class RecordStore(wiring.Component):
         with m.If(arrives):
             m.d.sync += [count.eq(count + 1), self.loaded.eq(count == words - 1)]
         beginning = Signal()
-        m.d.comb += beginning.eq(self.start & ~requesting)
+        m.d.comb += beginning.eq(self.start & ~requesting & ~pausing)
         with m.If(beginning):
             m.d.sync += [requesting.eq(1), left.eq(words - 1), addr.eq(self.addr), count.eq(0), self.loaded.eq(0)]
 
@@ -274,6 +286,8 @@ class PostUnit(wiring.Component):
         A read or write of the activation buffer was refused in the cycle before.
     params : Out(read_port(...))
         Weight buffer.
+    params_wanted : In(1)
+        Somebody else asks for the port of ``params``, which then gets every second cycle.
     act_read : Out(read_port(...))
         Activation buffer.
     act_write : Out(write_port(...))
@@ -287,6 +301,7 @@ class PostUnit(wiring.Component):
     busy: Signal
     bank_stall: Signal
     params: Any
+    params_wanted: Signal
     act_read: Any
     act_write: Any
     acc_read: Any
@@ -304,6 +319,7 @@ class PostUnit(wiring.Component):
                 "busy": Out(1),
                 "bank_stall": Out(1),
                 "params": Out(read_port(addr_bits=ceil_log2(arch.weight_depth), word_bits=arch.word_bits)),
+                "params_wanted": In(1),
                 "act_read": Out(read_port(addr_bits=act_addr_bits, word_bits=arch.word_bits)),
                 "act_write": Out(
                     write_port(addr_bits=act_addr_bits, word_bits=arch.word_bits, parts=arch.parts_per_brick)
@@ -470,6 +486,7 @@ class PostUnit(wiring.Component):
         add_bias, add_shift = RequantLane.add_record(post.k_a, post.k_b, post.add_shift + 1)
         m.d.comb += [
             store.start.eq(opening & ~opened & to_post),
+            store.wanted.eq(self.params_wanted),
             store.addr.eq(post.p_addr),
             store.again_record.bias.eq(add_bias),
             store.again_record.shift.eq(add_shift),
