@@ -6,7 +6,8 @@ from nibblecore.arch.config import ArchConfig
 from nibblecore.errors import ConfigError
 
 PARTS: Final = ("core", "array", "mac", "post", "requantizer", "load", "store", "control")
-"""``core``: everything. ``mac``: the array with its accumulators and sequencer. ``requantizer``: one lane."""
+"""``core``: everything. ``mac``: the array with its accumulators and sequencer. ``requantizer``: one lane.
+``load``, ``store``: the same where they are one."""
 
 
 def build_part(part: str, arch: ArchConfig, *, technology: str) -> Any:
@@ -27,6 +28,7 @@ def build_part(part: str, arch: ArchConfig, *, technology: str) -> Any:
     from .ctrl.control import Control
     from .ctrl.sequential import SequentialControl
     from .dma.load import LoadDma
+    from .dma.sequential import SequentialDma
     from .dma.store import StoreDma
     from .top import Accelerator
 
@@ -41,6 +43,8 @@ def build_part(part: str, arch: ArchConfig, *, technology: str) -> Any:
             return PostUnit(arch)
         case "requantizer":
             return RequantLane(acc_bits=arch.acc_bits)
+        case "load" | "store" if arch.sequential:
+            return SequentialDma(arch=arch)
         case "load":
             return LoadDma(arch=arch)
         case "store":

@@ -14,7 +14,7 @@
       m_axi (reads, shared with fetch)           m_axi (writes)
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from amaranth import Cat, Module, ResetInserter, Signal
 from amaranth.lib import wiring
@@ -29,6 +29,7 @@ from .ctrl.control import Control
 from .ctrl.sequential import SequentialControl
 from .dma.axi import FETCH_ID, AxiReadArbiter
 from .dma.load import LoadDma
+from .dma.sequential import SequentialDma
 from .dma.store import StoreDma
 from .layouts import axi_lite_signature, axi_read_signature, axi_write_signature
 from .mem.buffer import BankedBuffer
@@ -37,6 +38,16 @@ from .mem.buffer import BankedBuffer
 def _flat(prefix: str, *signatures: Signature) -> dict[str, Any]:
     """The members of interfaces as members of their own, so that ports get conventional names (``m_axi_araddr``)."""
     return {f"{prefix}_{name}": member for s in signatures for name, member in s.members.items()}
+
+
+class _Dma(NamedTuple):
+    """What the rest of the core sees of the DMA: writes to the buffers, a read of one, the bus."""
+
+    act: Any
+    weights: Any
+    act_read: Any
+    read_bus: Any
+    write_bus: Any
 
 
 class Accelerator(wiring.Component):
@@ -87,10 +98,7 @@ class Accelerator(wiring.Component):
         control_type = SequentialControl if arch.sequential else Control
         m.submodules.control = control = control_type(arch=arch, axi_id=FETCH_ID)
         fresh = ResetInserter(control.core_reset)
-        load, store = LoadDma(arch=arch), StoreDma(arch=arch)
         mac, post = MacEngine(arch, technology=self.technology), PostUnit(arch)
-        m.submodules.load = fresh(load)
-        m.submodules.store = fresh(store)
         m.submodules.mac = fresh(mac)
         m.submodules.post = fresh(post)
         m.submodules.arbiter = arbiter = AxiReadArbiter(arch=arch)
@@ -115,42 +123,35 @@ class Accelerator(wiring.Component):
             checks=self.checks,
         )
 
+        dma = (self._one_dma if arch.sequential else self._two_dmas)(m, fresh, control)
+
         # Buffers, in order of priority: whoever asks less often wins.
-        for client, port in zip((store.act, post.act_read, mac.x), activations.reads, strict=True):
+        for client, port in zip((dma.act_read, post.act_read, mac.x), activations.reads, strict=True):
             connect(m, client, port)
-        for client, port in zip((post.act_write, load.act), activations.writes, strict=True):
+        for client, port in zip((post.act_write, dma.act), activations.writes, strict=True):
             connect(m, client, port)
         for client, port in zip((post.params, mac.w), weights.reads, strict=True):
             connect(m, client, port)
-        connect(m, load.weights, weights.writes[0])
+        connect(m, dma.weights, weights.writes[0])
+        m.d.comb += post.params_wanted.eq(mac.w.valid)
         connect(m, post.acc_read, mac.acc_read)
 
         # Bus
-        connect(m, load.bus, arbiter.load)
+        connect(m, dma.read_bus, arbiter.load)
         connect(m, control.m_axi, arbiter.fetch)
         self._connect_ports(m, "m_axi", arbiter.bus, master=True)
-        self._connect_ports(m, "m_axi", store.bus, master=True)
+        self._connect_ports(m, "m_axi", dma.write_bus, master=True)
         for name, member in axi_lite_signature().members.items():
             port, inner = getattr(self, f"s_axil_{name}"), getattr(control.s_axil, name)
             m.d.comb += inner.eq(port) if member.flow is In else port.eq(inner)
 
         # Commands
-        for engine, unit in ((Engine.LOAD, load), (Engine.MAC, mac), (Engine.POST, post), (Engine.STORE, store)):
+        for engine, unit in ((Engine.MAC, mac), (Engine.POST, post)):
             port = control.engine(engine)
             connect(m, port.command, unit.command)
             m.d.comb += [port.done_stb.eq(unit.done_stb), port.busy.eq(unit.busy)]
-        for port, unit in ((control.load, load), (control.store, store)):
-            m.d.comb += [
-                port.idle.eq(unit.idle),
-                port.error_stb.eq(unit.error_stb),
-                port.error_cause.eq(unit.error_cause),
-                unit.stop.eq(control.stop),
-                unit.region.eq(port.region),
-            ]
         stalls = control.stalls
         m.d.comb += [
-            stalls.load_bus.eq(load.stall_bus_stb),
-            stalls.store_bus.eq(store.stall_bus_stb),
             stalls.mac_weights.eq(mac.mac_weights),
             stalls.mac_bank.eq(mac.mac_bank),
             stalls.mac_active.eq(mac.mac_active),
@@ -166,3 +167,46 @@ class Accelerator(wiring.Component):
         ]
         m.d.sync += control.progress.eq(Cat(beats).any())
         return m
+
+    def _two_dmas(self, m: Module, fresh: ResetInserter, control: Any) -> "_Dma":
+        """Engines of their own for LOAD and STORE."""
+        load, store = LoadDma(arch=self.arch), StoreDma(arch=self.arch)
+        m.submodules.load = fresh(load)
+        m.submodules.store = fresh(store)
+        for port, unit, stall in (
+            (control.load, load, control.stalls.load_bus),
+            (control.store, store, control.stalls.store_bus),
+        ):
+            connect(m, port.command, unit.command)
+            m.d.comb += [
+                port.done_stb.eq(unit.done_stb),
+                port.busy.eq(unit.busy),
+                port.idle.eq(unit.idle),
+                port.error_stb.eq(unit.error_stb),
+                port.error_cause.eq(unit.error_cause),
+                unit.stop.eq(control.stop),
+                unit.region.eq(port.region),
+                stall.eq(unit.stall_bus_stb),
+            ]
+        return _Dma(load.act, load.weights, store.act, load.bus, store.bus)
+
+    def _one_dma(self, m: Module, fresh: ResetInserter, control: Any) -> "_Dma":
+        """One for both."""
+        m.submodules.dma = fresh(dma := SequentialDma(arch=self.arch))
+        m.d.comb += [dma.stop.eq(control.stop), dma.region.eq(control.load.region)]
+        for n, (port, command, stall) in enumerate(
+            (
+                (control.load, dma.load, control.stalls.load_bus),
+                (control.store, dma.store, control.stalls.store_bus),
+            )
+        ):
+            connect(m, port.command, command)
+            m.d.comb += [
+                port.done_stb.eq(dma.done_stb[n]),
+                port.busy.eq(dma.busy[n]),
+                port.idle.eq(dma.idle),
+                port.error_stb.eq(dma.error_stb[n]),
+                port.error_cause.eq(dma.error_cause),
+                stall.eq(dma.stall_bus_stb[n]),
+            ]
+        return _Dma(dma.act, dma.weights, dma.act_read, dma.read_bus, dma.write_bus)

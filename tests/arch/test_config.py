@@ -54,8 +54,8 @@ def config(**changes: object) -> ArchConfig:
         (
             {"queue_depth": 0, "bus_bits": 32, "burst_beats": 4},
             (
-                "queue_depth=0 reads a whole instruction in a burst: bus_bits must be in 32..128, not 32, and "
-                "burst_beats at least 8, not 4"
+                "queue_depth=0 moves a word per beat and an instruction per burst: bus_bits must be 64, not 32, and "
+                "burst_beats at least 4, not 4"
             ),
         ),
         ({"act_memory": "quad"}, "act_memory must be one of dual, single, not 'quad'"),

@@ -117,10 +117,10 @@ class ArchConfig:
                 raise ConfigError(f"{name} must be a power of two, not {getattr(self, name)}")
         if self.queue_depth != 0 and not (2 <= self.queue_depth <= 64 and _is_power_of_two(self.queue_depth)):
             raise ConfigError(f"queue_depth must be 0 or a power of two in 2..64, not {self.queue_depth}")
-        if self.sequential and (self.bus_bits > 128 or self.bus_bits * self.burst_beats < 256):
+        if self.sequential and (self.bus_bits != self.word_bits or self.bus_bits * self.burst_beats < 256):
             raise ConfigError(
-                f"queue_depth=0 reads a whole instruction in a burst: bus_bits must be in 32..128, not {self.bus_bits}, "
-                f"and burst_beats at least {256 // min(128, self.bus_bits)}, not {self.burst_beats}"
+                f"queue_depth=0 moves a word per beat and an instruction per burst: bus_bits must be {self.word_bits}, "
+                f"not {self.bus_bits}, and burst_beats at least {-(-256 // self.word_bits)}, not {self.burst_beats}"
             )
         self._check_range("acc_bits", 24, 32)
         self._check_range("addr_bits", 16, 64)

@@ -54,6 +54,8 @@ class CostParameters:
         Before the first address of a LOAD; behind its last beat.
     store_start, store_end : int
         Before the first beat of a STORE; behind its last response.
+    store_word : int
+        Per word of a STORE, in a core without queues.
     read_latency, write_latency : int
         Of the memory: from an address to its first beat; from the last beat of a write to its response.
     burst_interval : int
@@ -77,6 +79,7 @@ class CostParameters:
     load_end: int = 2
     store_start: int = 7
     store_end: int = 1
+    store_word: int = 6
     read_latency: int = 20
     write_latency: int = 20
     burst_interval: int = 2
@@ -153,6 +156,13 @@ def timing(i: Instruction, arch: ArchConfig, cost: CostParameters = DEFAULT_COST
         words = i["rows"] * i["cols"] * i["bricks"] * (1 + i["wide"])
         return Timing(0, words * i["kernel_y"] * i["kernel_x"], cost.pool_overhead)
     busy = transfer_cycles(arch, i["count1"] * i["count2"], i["count0"], cost)
+    if arch.sequential:
+        # One burst at a time; a word of a STORE is read from the buffer before the next one is.
+        bursts = i["count1"] * i["count2"] * -(-i["count0"] // arch.burst_beats)
+        words = i["count0"] * i["count1"] * i["count2"]
+        if i.opcode is Opcode.LOAD:
+            return Timing(2, words + bursts * (cost.read_latency + 3), 2)
+        return Timing(2, words * cost.store_word + bursts * (cost.write_latency + 3), 2)
     if i.opcode is Opcode.LOAD:
         return Timing(cost.load_start + cost.read_latency, busy, cost.load_end)
     return Timing(cost.store_start, busy, cost.write_latency + cost.store_end)
