@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from amaranth import Module, Signal
+from amaranth import Module, Mux, Signal
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -78,8 +78,7 @@ class Semaphores(wiring.Component):
                 self.available[int(b)][int(a)].eq(count != 0),
                 self.full[int(a)][int(b)].eq(count == self.maximum),
             ]
-            with m.If(up & ~down & (count != self.maximum)):
-                m.d.sync += count.eq(count + 1)
-            with m.Elif(down & ~up & (count != 0)):
-                m.d.sync += count.eq(count - 1)
+            # One adder for both directions, and what moves the counter is its clock enable.
+            with m.If(Mux(up, ~down & (count != self.maximum), down & (count != 0))):
+                m.d.sync += count.eq(count + Mux(down, -1, 1))
         return m

@@ -2,6 +2,9 @@
 
 All registers are 32 bits wide; reserved bits read as 0 and ignore writes. An access to an offset without a register,
 or a write to a read-only one, is answered with SLVERR.
+
+In the first 16 cycles after a hardware reset the registers of the regions are cleared: WREADY stays low, and a read
+that was accepted is answered afterwards.
 """
 
 import dataclasses
