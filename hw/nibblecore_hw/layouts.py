@@ -53,8 +53,8 @@ def read_port(*, addr_bits: int, word_bits: int) -> Signature:
 
     A request is granted at a clock edge with ``valid`` and ``ready``; ``ready`` may depend combinationally on ``valid``
     and ``addr`` of this and other ports, so a client must not make ``valid`` depend on ``ready``. ``data`` holds the
-    word during the cycle that begins ``READ_LATENCY`` edges after the grant (1 would be the next cycle) and cannot be
-    stalled.
+    word during the cycle that begins ``READ_LATENCY`` edges after the grant (1 would be the next cycle), at the last
+    port of a buffer ``LAST_READ_LATENCY`` edges after it, and cannot be stalled.
     """
     return Signature({"addr": Out(addr_bits), "valid": Out(1), "ready": In(1), "data": In(word_bits)})
 
@@ -62,7 +62,7 @@ def read_port(*, addr_bits: int, word_bits: int) -> Signature:
 def write_port(*, addr_bits: int, word_bits: int, parts: int) -> Signature:
     """Client side of a buffer's write port: ``mask`` enables each of ``parts`` equal parts of the word.
 
-    A write happens at a clock edge with ``valid`` and ``ready``; a read granted at a later edge sees it.
+    A write is granted at a clock edge with ``valid`` and ``ready``; a read granted at a later edge sees it.
     """
     return Signature(
         {"addr": Out(addr_bits), "data": Out(word_bits), "mask": Out(parts), "valid": Out(1), "ready": In(1)}
@@ -86,8 +86,13 @@ def acc_read_port(arch: ArchConfig) -> Signature:
     )
 
 
-READ_LATENCY = 3
-"""Edges from a granted buffer read to its data: block RAM, a register beside it, one behind the choice of a bank."""
+LAST_READ_LATENCY = 4
+"""Edges from a granted buffer read to its data, at the port of lowest priority: a register before block RAM, block RAM,
+a register beside it, one behind the choice of a bank."""
+
+READ_LATENCY = LAST_READ_LATENCY + 1
+"""The same at all other ports: what they ask for waits a cycle, so that the last port knows from registers whether it
+is granted."""
 
 ACC_READ_LATENCY = 3
 """Edges from an accumulator read to its data: block RAM, a register at its output, one behind the group multiplexer."""

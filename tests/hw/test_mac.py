@@ -12,7 +12,7 @@ from amaranth import ResetInserter, Signal
 from nibblecore.arch.config import ArchConfig
 from nibblecore.arch.isa import Instruction, Opcode, encode, make
 from nibblecore_hw.core.mac import MacEngine
-from nibblecore_hw.layouts import ACC_READ_LATENCY, READ_LATENCY
+from nibblecore_hw.layouts import ACC_READ_LATENCY, LAST_READ_LATENCY
 from nibblecore_sim.pysim import simulate
 
 
@@ -174,7 +174,7 @@ def run(
 
     def buffer(port: Any, words: list[int], stall: float) -> Any:
         async def serve(ctx: Any) -> None:
-            under_way: list[int | None] = [None] * READ_LATENCY
+            under_way: list[int | None] = [None] * LAST_READ_LATENCY
             while True:
                 arrived = under_way.pop()
                 ctx.set(port.data, rng.getrandbits(arch.word_bits) if arrived is None else words[arrived])

@@ -216,8 +216,8 @@ def test_short_rows(row: int, cycles: int) -> None:
     memory = AxiMemory(size=SIZE, bus_bytes=arch.bus_bytes, seed=1)
     store = isa.make(Opcode.STORE, region=REGION, count0=row, count1=32, dram_step1=8, local_step1=row)
     run = run_store(arch, [store], memory, make_words(arch, 1), base=0, size=SIZE)
-    # From the fourth row on: the first ones wait for the buffer.
-    assert run.w[-1][0] - run.w[4 * row - 1][0] == 28 * cycles
+    # From the sixth row on: the first ones wait for the buffer.
+    assert run.w[-1][0] - run.w[6 * row - 1][0] == 26 * cycles
     assert len(run.aw) == 32
 
 

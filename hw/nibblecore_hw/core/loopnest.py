@@ -158,8 +158,8 @@ class LoopNest(wiring.Component):
     cycles after the first cycle with ``job.valid``; ``job.ready`` comes :attr:`HOLD` cycles after that one where
     nothing stalls, and then the next job may follow: every stage takes the fields when it needs them, which saves a
     copy of them. So a job of fewer than ``HOLD + 1`` steps takes ``HOLD + 1`` cycles. ``o`` may stall at any time;
-    ``o.ready`` enables the output register only; the stages before it are stopped by registers, and fill up while it
-    waits. A reset abandons all jobs.
+    ``o.ready`` enables the output register only; a step that finds it occupied waits in a spare register, which stops
+    all stages before it. A reset abandons all jobs.
 
     Parameters
     ----------
@@ -218,8 +218,11 @@ class LoopNest(wiring.Component):
         levels = range(len(loops))
         job = self.job.payload
         axes = [axis for axis in AXES if any(loop.axis for loop in loops)]
-        # A stage moves on when the next one is empty or moves on; the last one when the spare register is free.
-        counts_move, choice_moves, total_moves = Signal(), Signal(), Signal()
+        # All stages move together, bubbles included, when the spare register is free: what says so reaches every
+        # register, so it must be one itself.
+        spare_valid = Signal()
+        moves_on = Signal()
+        m.d.comb += moves_on.eq(~spare_valid)
 
         # Stage 0 counts. `hit` is the loop whose move has led to this step (none: the job begins); `reach` marks it and
         # the loops inside it, whose indices are 0 again.
@@ -237,7 +240,7 @@ class LoopNest(wiring.Component):
         roll = Signal(len(loops) + 1)
         m.d.comb += [
             roll.eq(Cat(1, *(last[: level + 1].all() for level in levels))),
-            load.eq(self.job.valid & ~taken & (~counts_valid | (counts_move & roll[-1]))),
+            load.eq(self.job.valid & ~taken & (~counts_valid | (moves_on & roll[-1]))),
         ]
         with m.If(load):
             m.d.sync += [counts_valid.eq(1), begins.eq(1), taken.eq(1), hit.eq(0), reach.eq(~0), first.eq(~0)]
@@ -249,7 +252,7 @@ class LoopNest(wiring.Component):
                     single[level].eq(count == 0),
                     last[level].eq(count == 0),
                 ]
-        with m.Elif(counts_move):
+        with m.Elif(moves_on):
             m.d.sync += [counts_valid.eq(counts_valid & ~roll[-1]), begins.eq(0)]
             for level in levels:
                 m.d.sync += [hit[level].eq(roll[level] & ~last[level]), reach[level].eq(roll[level])]
@@ -271,8 +274,8 @@ class LoopNest(wiring.Component):
         choice_first = Signal.like(first)
         choice_last = Signal.like(last)
         begin_passes = Signal()
-        m.d.comb += begin_passes.eq(counts_move & counts_valid & begins)
-        with m.If(counts_move):
+        m.d.comb += begin_passes.eq(moves_on & counts_valid & begins)
+        with m.If(moves_on):
             m.d.sync += [
                 choice_valid.eq(counts_valid),
                 choice_begins.eq(begins),
@@ -287,10 +290,10 @@ class LoopNest(wiring.Component):
         total_first = Signal.like(first)
         total_last = Signal.like(last)
         release = Signal()
-        m.d.comb += [release.eq(choice_moves & choice_valid & choice_begins), self.job.ready.eq(release)]
+        m.d.comb += [release.eq(moves_on & choice_valid & choice_begins), self.job.ready.eq(release)]
         with m.If(release):
             m.d.sync += taken.eq(0)
-        with m.If(choice_moves):
+        with m.If(moves_on):
             m.d.sync += [total_valid.eq(choice_valid), total_first.eq(choice_first), total_last.eq(choice_last)]
 
         def running_sum(name: str, bits: int, start: Value, steps: dict[int, Value], *, one_more: bool) -> Signal:
@@ -308,7 +311,7 @@ class LoopNest(wiring.Component):
             with m.If(begin_passes):
                 m.d.sync += origin.eq(_sign_extend(start, bits) if start.shape().signed else start)
                 m.d.sync += [field.eq(steps[level]) for level, field in fields.items()]
-            with m.If(counts_move):
+            with m.If(moves_on):
                 m.d.sync += step.eq(_one_hot_mux((hit[level], value) for level, value in wide.items()))
                 if one_more:
                     m.d.sync += moves.eq(Cat(hit[level] for level in fields).any())
@@ -324,7 +327,7 @@ class LoopNest(wiring.Component):
             stand = _one_hot_mux([(choice_begins, origin), *((choice_hit[n], stands[n]) for n in levels)])
             # The carry enters below bit 0, because a third addend would become an adder of its own.
             m.d.comb += total.eq((Cat(1, stand) + Cat(moves, step))[1:])
-            with m.If(choice_moves & choice_valid):
+            with m.If(moves_on & choice_valid):
                 m.d.sync += result.eq(total)
                 for level in state:
                     if level:
@@ -357,7 +360,6 @@ class LoopNest(wiring.Component):
 
         # Stage 3 compares, into the output register or, when that is held up, into the spare one beside it.
         spare = Signal.like(found, reset_less=True)
-        spare_valid = Signal()
         output = Signal.like(found, reset_less=True)
         output_valid = Signal()
         m.d.comb += [
@@ -367,11 +369,8 @@ class LoopNest(wiring.Component):
             found.last.eq(total_last),
             self.o.payload.eq(output),
             self.o.valid.eq(output_valid),
-            total_moves.eq(~spare_valid),
-            choice_moves.eq(~total_valid | total_moves),
-            counts_move.eq(~choice_valid | choice_moves),
         ]
-        with m.If(total_moves):
+        with m.If(moves_on):
             m.d.sync += [spare.eq(found), spare_valid.eq(total_valid & output_valid & ~self.o.ready)]
         with m.Elif(self.o.ready):
             m.d.sync += spare_valid.eq(0)

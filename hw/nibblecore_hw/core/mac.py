@@ -4,7 +4,7 @@
 from collections.abc import MutableSequence, Sequence
 from typing import Any
 
-from amaranth import Module, Mux, Signal
+from amaranth import Cat, Module, Mux, Signal
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2
@@ -13,7 +13,7 @@ from nibblecore.arch.config import ArchConfig
 from nibblecore.arch.isa import LOCAL_ADDR_BITS, Instruction, Opcode
 from nibblecore.arch.numerics import wrap
 
-from ..layouts import READ_LATENCY, acc_read_port, command_signature, instruction_layout, read_port, word_layout
+from ..layouts import LAST_READ_LATENCY, acc_read_port, command_signature, instruction_layout, read_port, word_layout
 from .accumulate import Accumulators, control_layout
 from .array import SystolicArray
 from .loopnest import LoopNest, assign_job, loops_of
@@ -67,9 +67,9 @@ class MacEngine(wiring.Component):
     busy : Out(1)
         An instruction is offered or unfinished.
     x : Out(read_port(...))
-        Reads of the activation buffer. ``valid`` depends combinationally on ``w.ready``.
+        Reads of the activation buffer, at its last port. ``valid`` depends combinationally on ``w.ready``.
     w : Out(read_port(...))
-        Reads of the weight buffer.
+        Reads of the weight buffer, at its last port.
     acc_read : In(acc_read_port(arch))
         Drain of a bank that no unfinished instruction writes.
     mac_weights, mac_bank, mac_active : Out(1)
@@ -122,7 +122,7 @@ class MacEngine(wiring.Component):
     @property
     def drain_cycles(self) -> int:
         """Cycles from the last pixel of an instruction to its ``done_stb``."""
-        return READ_LATENCY + self._accumulators.done_latency
+        return LAST_READ_LATENCY + self._accumulators.done_latency
 
     def pass_cycles(self, *, pixels: int) -> int:
         """Cycles of a pass over a tile of so many pixels."""
@@ -167,8 +167,11 @@ class MacEngine(wiring.Component):
         pass_begins, pass_ends = Signal(), Signal()
         first_pass, last_pass = Signal(), Signal()
         tile_there = Signal()
+        # pause != 0 and pixel < HAZARD - 1, both as registers: whether a pixel enters is known late in a cycle.
         pause = Signal(range(self.HAZARD))
-        pausing = Signal()  # pause != 0, as a register: may_enter leads through the buffer's arbiter into block RAM
+        pausing = Signal()
+        is_short = Signal(init=1)
+        may_begin_pass = Signal()
         may_enter = Signal()
         enters = Signal()
         m.d.comb += [
@@ -176,7 +179,8 @@ class MacEngine(wiring.Component):
             pass_ends.eq(step.last.ox & step.last.oy),
             first_pass.eq(step.first.brick & step.first.kx & step.first.ky),
             last_pass.eq(step.last.brick & step.last.kx & step.last.ky),
-            may_enter.eq(~pass_begins | (tile_there & ~pausing)),
+            may_begin_pass.eq(tile_there & ~pausing),
+            may_enter.eq(~pass_begins | may_begin_pass),
             self.x.addr.eq(step.addr),
             self.x.valid.eq(nest.o.valid & step.inside & may_enter),
             nest.o.ready.eq(may_enter & (~step.inside | self.x.ready)),
@@ -193,10 +197,10 @@ class MacEngine(wiring.Component):
         with m.If(pausing):
             m.d.sync += [pause.eq(pause - 1), pausing.eq(pause != 1)]
         with m.If(enters):
-            m.d.sync += pixel.eq(pixel + 1)
+            m.d.sync += [pixel.eq(pixel + 1), is_short.eq(is_short & (pixel != self.HAZARD - 2))]
             with m.If(pass_ends):
-                m.d.sync += pixel.eq(0)
-                with m.If(pixel < self.HAZARD - 1):
+                m.d.sync += [pixel.eq(0), is_short.eq(1)]
+                with m.If(is_short):
                     m.d.sync += [pause.eq(self.HAZARD - 1 - pixel), pausing.eq(1)]
                 if arch.paired_columns:
                     with m.Elif(~second):
@@ -213,7 +217,8 @@ class MacEngine(wiring.Component):
         column = Signal(ceil_log2(arch.columns))
         is_last = Signal(init=arch.columns == 1)  # column == columns - 1, as a register
         granted, tile_ends, offered = Signal(), Signal(), Signal()
-        next_tile = Signal.like(tile)
+        next_tile = Signal.like(tile, reset_less=True)  # as a register: a tile is in use for HAZARD cycles
+        is_first = Signal()  # the next tile is the first one of an instruction
         m.d.comb += [
             self.w.addr.eq(address),
             self.w.valid.eq(fetches),
@@ -222,8 +227,9 @@ class MacEngine(wiring.Component):
             tile_there.eq(complete | tile_ends),
             tile_begins.eq(enters & pass_begins),
             offered.eq(self.command.valid & ~weights_taken),
-            next_tile.eq(tile + tile_step),
+            is_first.eq(wanting | last_pass),
         ]
+        m.d.sync += next_tile.eq(tile + tile_step)
         with m.If(granted):
             m.d.sync += [
                 address.eq(address + 1),
@@ -233,20 +239,21 @@ class MacEngine(wiring.Component):
         with m.If(tile_ends):
             m.d.sync += [fetches.eq(0), complete.eq(1)]
         with m.If(tile_begins):
-            m.d.sync += [complete.eq(0), wanting.eq(last_pass)]
-            with m.If(~last_pass):
-                m.d.sync += [fetches.eq(1), tile.eq(next_tile), address.eq(next_tile)]
-        with m.If(offered & (wanting | (tile_begins & last_pass))):
+            m.d.sync += complete.eq(0)
+        # While nothing is offered these take what does not matter, and go on wanting.
+        with m.If(tile_begins | wanting):
+            start = Mux(is_first, instruction.w_addr, next_tile)
             m.d.sync += [
-                wanting.eq(0),
-                weights_taken.eq(1),
-                fetches.eq(1),
-                tile.eq(instruction.w_addr),
-                address.eq(instruction.w_addr),
-                tile_step.eq(instruction.w_step),
+                wanting.eq(is_first & ~offered),
+                fetches.eq(~is_first | offered),
+                tile.eq(start),
+                address.eq(start),
+                tile_step.eq(Mux(is_first, instruction.w_step, tile_step)),
             ]
+            with m.If(is_first & offered):
+                m.d.sync += weights_taken.eq(1)
 
-        # What was granted arrives READ_LATENCY edges later, and its orders travel along.
+        # What was granted arrives LAST_READ_LATENCY edges later, and its orders travel along.
         orders = data.StructLayout(
             {
                 "control": control_layout(arch),
@@ -271,9 +278,16 @@ class MacEngine(wiring.Component):
             order.load.eq(granted),
             order.column.eq(column),
         ]
-        for i in range(READ_LATENCY):
-            later = Signal(orders, name=f"order{i}")
-            m.d.sync += later.eq(order)
+        for i in range(LAST_READ_LATENCY):
+            # Only what says that something is to be done needs a reset.
+            flags = Signal(4, name=f"strobes{i}")
+            rest = Signal(orders, name=f"order{i}", reset_less=True)
+            later = Signal(orders, name=f"delayed{i}")
+            m.d.sync += [flags.eq(Cat(order.control.valid, order.control.end, order.swap, order.load)), rest.eq(order)]
+            m.d.comb += [
+                later.eq(rest),
+                Cat(later.control.valid, later.control.end, later.swap, later.load).eq(flags),
+            ]
             order = later
         word = word_layout(arch)
         m.d.comb += [

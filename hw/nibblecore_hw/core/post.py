@@ -256,8 +256,8 @@ class PostUnit(wiring.Component):
 
     A POOL takes one cycle per word of every tap, inside the map or not. Before that and after it, counted from the
     first cycle with ``command.valid`` (when the unit is idle) to the one with ``done_stb``, a POST takes
-    ``param_words + 20`` cycles (with ``add``: 28, INT8 with more than one step: one more, RAW32: ``param_words + 11``),
-    a POOL 10; :meth:`cycles` has the sum.
+    ``param_words + 22`` cycles (with ``add``: 30, INT8 with more than one step: one more, RAW32: ``param_words + 13``),
+    a POOL 12; :meth:`cycles` has the sum.
     The next command may be there with ``done_stb`` and then starts in that cycle. ``command.ready`` comes in the third
     cycle of ``command.valid``: the transfer is not what starts the address generators, but what lets go of the payload.
 

@@ -12,7 +12,7 @@ from amaranth.utils import ceil_log2
 
 from nibblecore.arch.config import MemoryKind
 
-from ..layouts import READ_LATENCY, read_port, write_port
+from ..layouts import LAST_READ_LATENCY, read_port, write_port
 
 __all__ = ["BankedBuffer"]
 
@@ -24,16 +24,22 @@ def _any(values: list[Value]) -> Value:
 class BankedBuffer(wiring.Component):
     """A memory of ``depth`` words in equal banks of consecutive addresses.
 
-    Every port may be granted one access per cycle (``valid`` and ``ready``). Only accesses to the *same* bank compete,
-    by fixed priority: a lower index of ``writes`` or ``reads`` wins. In a ``dual`` bank one read and one write go on in
-    the same cycle; in a ``single`` bank there is one access, and every writer wins over every reader. ``ready`` depends
-    combinationally on ``valid`` and ``addr`` of all ports that win over it, and not on its own ``valid``.
+    Every port may be granted one access per cycle (``valid`` and ``ready``). Of readers that ask for the *same* bank
+    the one with the lowest index wins. In a ``dual`` buffer one write, whatever its bank, goes on beside one read per
+    bank: writers share a register, and the lower index wins. A ``single`` bank has one access, and every writer wins
+    over every reader. ``ready`` depends combinationally on ``valid`` and ``addr`` of the ports that win over it, and
+    not on its own ``valid``; except that the last reader of a ``dual`` buffer is told by registers: it loses in the
+    cycle *after* the one in which another reader of its bank was granted.
 
-    Read data stands in the cycle that begins :data:`~nibblecore_hw.layouts.READ_LATENCY` edges after the grant: the
-    memory's own register, one beside it, as block RAM of an ECP5 takes more than half a cycle of 100 MHz, and one
-    behind the choice of a bank. A read granted at a later edge than a write sees it. A word of a ``dual`` bank must not
-    be read at the edge at which it is written: what is read then is undefined, so that no bypass has to be built around
-    block RAM. Whoever schedules the clients guarantees it; ``checks`` asserts it.
+    Read data stands in the cycle that begins :data:`~nibblecore_hw.layouts.LAST_READ_LATENCY` edges after the grant of
+    the last reader, and :data:`~nibblecore_hw.layouts.READ_LATENCY` edges, one more, after that of any other. There are
+    registers before the memory, as its address is not chosen and brought there in one cycle; its own; one beside it, as
+    block RAM of an ECP5 takes more than half a cycle of 100 MHz; and one behind the choice of a bank.
+
+    A read granted at a later edge than a write sees it. A word of a ``dual`` bank must not be read at the edge at which
+    it is written, that is, be granted to the last reader in the same cycle, or to another one in the cycle before: what
+    is read then is undefined, so that no bypass has to be built around block RAM. Whoever schedules the clients
+    guarantees it; ``checks`` asserts it.
 
     A ``dual`` bank becomes DP16KD alone on an ECP5. A ``single`` bank becomes SB_SPRAM256KA alone on an iCE40 when
     Yosys is told to drop the initial contents that Amaranth always writes, which SPRAM cannot have: ``proc; delete
@@ -70,8 +76,6 @@ class BankedBuffer(wiring.Component):
     ValueError
         For a parameter outside its range.
     """
-
-    LATENCY = READ_LATENCY
 
     conflicts: Signal
 
@@ -116,60 +120,103 @@ class BankedBuffer(wiring.Component):
         bank_bits = ceil_log2(self.banks)
         reads, writes = list(self.reads), list(self.writes)
 
-        def beaten(port: wiring.PureInterface, winners: list[wiring.PureInterface]) -> Value:
-            return _any([w.valid & (w.addr[row_bits:] == port.addr[row_bits:]) for w in winners])
+        def bank_of(addr: Value) -> Value:
+            return addr[row_bits:]
 
+        def beaten(port: wiring.PureInterface, winners: list[wiring.PureInterface]) -> Value:
+            return _any([w.valid & (bank_of(w.addr) == bank_of(port.addr)) for w in winners])
+
+        def wanted(port: wiring.PureInterface, b: int) -> Value:
+            return port.valid & (bank_of(port.addr) == b)
+
+        is_dual = self.kind == "dual"
         for j, port in enumerate(writes):
-            m.d.comb += port.ready.eq(~beaten(port, writes[:j]))
-        for i, port in enumerate(reads):
-            winners = reads[:i] + (writes if self.kind == "single" else [])
-            m.d.comb += port.ready.eq(~beaten(port, winners))
+            m.d.comb += port.ready.eq(~(_any([w.valid for w in writes[:j]]) if is_dual else beaten(port, writes[:j])))
+        early, last = reads[:-1], reads[-1]
+        for i, port in enumerate(early):
+            m.d.comb += port.ready.eq(~beaten(port, reads[:i] + ([] if is_dual else writes)))
         m.d.comb += self.conflicts.eq(Cat(port.valid & ~port.ready for port in reads))
 
-        # The memory's register, `taken` beside it, and the one behind the OR of all banks.
-        assert READ_LATENCY == 3
+        # What stands before the registers of the banks. In a dual buffer, all readers but the last go through a
+        # register that says which bank each of them takes. Addresses of idle ports do not matter.
+        addresses = [port.addr for port in reads]
+        takes = [[wanted(port, b) & port.ready for b in range(self.banks)] for port in reads]
+        if is_dual:
+            taken = Signal(self.banks)
+            for i, port in enumerate(early):
+                addresses[i] = Signal.like(port.addr, name=f"address_{i}", reset_less=True)
+                held = Signal(self.banks, name=f"takes_{i}")
+                m.d.sync += [addresses[i].eq(port.addr), held.eq(Cat(takes[i]))]
+                takes[i] = list(held)
+            m.d.sync += taken.eq(Cat(_any([wanted(port, b) for port in early]) for b in range(self.banks)))
+            m.d.comb += last.ready.eq(~taken.bit_select(bank_of(last.addr), 1))
+        else:
+            m.d.comb += last.ready.eq(~beaten(last, early + writes))
+
+        def choose(values: list[Value], wanted: list[Value]) -> Value:
+            """The first value that is wanted, or the last."""
+            result = values[-1]
+            for value, is_wanted in reversed(list(zip(values[:-1], wanted[:-1], strict=True))):
+                result = Mux(is_wanted, value, result)
+            return result
+
+        # The bank's register and the memory's own, `chosen` beside it, and the one behind the OR of all banks.
+        assert LAST_READ_LATENCY == 4
+        build = self._dual_bank if is_dual else self._single_bank
+        write_row, write_data = Signal(row_bits, reset_less=True), Signal(self.word_bits, reset_less=True)
+        if is_dual:
+            valid = [w.valid for w in writes]
+            m.d.sync += [
+                write_row.eq(choose([w.addr[:row_bits] for w in writes], valid)),
+                write_data.eq(choose([w.data for w in writes], valid)),
+            ]
         bank_words = []
         for b in range(self.banks):
-            wanted_w = [w.valid & (w.addr[row_bits:] == b) for w in writes]
-            wanted_r = [r.valid & (r.addr[row_bits:] == b) for r in reads]
-            write_row, write_data = Signal(row_bits, name=f"b{b}_wrow"), Signal(self.word_bits, name=f"b{b}_wdata")
-            write_mask, read_row = Signal(self.parts, name=f"b{b}_wmask"), Signal(row_bits, name=f"b{b}_rrow")
-            # The last port needs no test: what stands on the address of an idle memory does not matter.
-            row, word, mask = writes[-1].addr[:row_bits], writes[-1].data, writes[-1].mask
-            for w, wanted in reversed(list(zip(writes[:-1], wanted_w[:-1], strict=True))):
-                row, word = Mux(wanted, w.addr[:row_bits], row), Mux(wanted, w.data, word)
-                mask = Mux(wanted, w.mask, mask)
-            m.d.comb += [write_row.eq(row), write_data.eq(word), write_mask.eq(Mux(_any(wanted_w), mask, 0))]
-            row = reads[-1].addr[:row_bits]
-            for r, wanted in reversed(list(zip(reads[:-1], wanted_r[:-1], strict=True))):
-                row = Mux(wanted, r.addr[:row_bits], row)
-            m.d.comb += read_row.eq(row)
-            read_en = Signal(name=f"b{b}_ren")
-            build = self._single_bank if self.kind == "single" else self._dual_bank
-            m.d.comb += read_en.eq(_any(wanted_r))
-            bank_words.append(build(m, b, write_row, write_data, write_mask, _any(wanted_w), read_row, read_en))
+            wanted_w = [wanted(w, b) & w.ready for w in writes]
+            mask, read_row = Signal(self.parts, name=f"b{b}_mask"), Signal(row_bits, name=f"b{b}_row", reset_less=True)
+            read_en = Signal(name=f"b{b}_read")
+            masks = [Mux(w_wanted, w.mask, 0) for w, w_wanted in zip(writes, wanted_w, strict=True)]
+            m.d.sync += [
+                mask.eq(functools.reduce(operator.or_, masks)),
+                read_row.eq(choose([addr[:row_bits] for addr in addresses], [take[b] for take in takes])),
+                read_en.eq(_any([take[b] for take in takes])),
+            ]
+            if not is_dual:
+                write_data = Signal(self.word_bits, name=f"b{b}_data", reset_less=True)
+                m.d.sync += write_data.eq(choose([w.data for w in writes], wanted_w))
+                with m.If(_any(wanted_w)):
+                    m.d.sync += read_row.eq(choose([w.addr[:row_bits] for w in writes], wanted_w))
+                write_row = read_row
+            bank_words.append(build(m, b, write_row, write_data, mask, read_row, read_en))
 
         # Every reader has a register per bank, which the bank's word enters or which is reset: so an OR chooses, one
         # LUT per bit for 4 banks, where a multiplexer takes three.
         for i, r in enumerate(reads):
-            taken = []
+            chosen = []
+            bank = Signal(bank_bits, name=f"bank_{i}", reset_less=True)
+            m.d.sync += bank.eq(bank_of(addresses[i]))
             for b, bank_word in enumerate(bank_words):
-                register = Signal(self.word_bits, name=f"taken_{i}_{b}", reset_less=True)
+                register = Signal(self.word_bits, name=f"chosen_{i}_{b}", reset_less=True)
                 m.d.sync += register.eq(bank_word)
                 if bank_bits:
                     is_other = Signal(name=f"is_other_{i}_{b}", reset_less=True)
-                    m.d.sync += is_other.eq(r.addr[row_bits:] != b)
+                    m.d.sync += is_other.eq(bank != b)
                     with m.If(is_other):
                         m.d.sync += register.eq(0)
-                taken.append(register)
+                chosen.append(register)
             word = Signal(self.word_bits, name=f"word_{i}", reset_less=True)
-            m.d.sync += word.eq(functools.reduce(operator.or_, taken))
+            m.d.sync += word.eq(functools.reduce(operator.or_, chosen))
+            # In a single bank nobody waits before the memory, so behind it.
+            if not is_dual and r is not last:
+                later = Signal(self.word_bits, name=f"later_{i}", reset_less=True)
+                m.d.sync += later.eq(word)
+                word = later
             m.d.comb += r.data.eq(word)
         return m
 
     def _dual_bank(
-        self, m: Module, b: int, write_row: Signal, write_data: Signal, write_mask: Signal, write_any: Value,
-        read_row: Signal, read_en: Signal,
+        self, m: Module, b: int, write_row: Signal, write_data: Signal, write_mask: Signal, read_row: Signal,
+        read_en: Signal,
     ) -> Value:  # fmt: skip
         """One simple dual-port memory per part; returns the word behind the memory's register."""
         part_bits = self.word_bits // self.parts
@@ -192,18 +239,16 @@ class BankedBuffer(wiring.Component):
         return Cat(result)
 
     def _single_bank(
-        self, m: Module, b: int, write_row: Signal, write_data: Signal, write_mask: Signal, write_any: Value,
-        read_row: Signal, read_en: Signal,
+        self, m: Module, b: int, write_row: Signal, write_data: Signal, write_mask: Signal, read_row: Signal,
+        read_en: Signal,
     ) -> Value:  # fmt: skip
         """One memory with one address; a write of any part keeps the read port still."""
         memory = Memory(shape=self.word_bits, depth=self.depth // self.banks, init=[], attrs={"ram_style": "huge"})
         m.submodules[f"bank{b}"] = memory
         write = memory.write_port(granularity=self.word_bits // self.parts)
         read = memory.read_port(domain="sync")
-        row = Signal.like(read_row, name=f"b{b}_row")
         m.d.comb += [
-            row.eq(Mux(write_any, write_row, read_row)),
-            write.addr.eq(row), write.data.eq(write_data), write.en.eq(write_mask),
-            read.addr.eq(row), read.en.eq(read_en & ~write_any),
+            write.addr.eq(write_row), write.data.eq(write_data), write.en.eq(write_mask),
+            read.addr.eq(read_row), read.en.eq(read_en & ~write_mask.any()),
         ]  # fmt: skip
         return read.data
