@@ -161,9 +161,9 @@ def bench_synth(
             measured[configuration.name] = record
             say(f"{time.monotonic() - began:5.0f} s  {configuration.name}: {_one_line(record)}", quiet=as_json)
 
-        measure_all(chosen, path, jobs=jobs, seeds=seeds, tick=tick, done=done)
+        measure_all(chosen, path, jobs=jobs, seeds=seeds, figures=array_figures, tick=tick, done=done)
     records = load(path)
-    for configuration in CONFIGURATIONS:
+    for configuration in CONFIGURATIONS:  # those of older records may be of an older cost model
         record = records.get(configuration.name)
         if configuration.group == "elements" and record is not None and "failed" not in record:
             record["throughput"] = array_figures(configuration.config())

@@ -31,10 +31,15 @@ QUICK = Configuration(
 )
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for results of one small configuration, which is all there is, and a cache of its own."""
-    monkeypatch.setenv("NIBBLECORE_CACHE", str(tmp_path / "cache"))
+def quick(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for results of one small configuration, which is all there is; what tools make is kept for this file."""
+    monkeypatch.setenv("NIBBLECORE_CACHE", str(cache))
     monkeypatch.setattr(suite, "CONFIGURATIONS", (QUICK,))
     monkeypatch.setattr("nibblecore_hw.synth.page.CONFIGURATIONS", (QUICK,))
     return tmp_path
@@ -97,8 +102,15 @@ def test_a_record_is_kept_and_is_the_same_the_second_time(quick: Path) -> None:
     assert measure_all([QUICK], path, seeds=1)["cores/quick"]["seeds"] == 1
 
 
+def test_records_of_elements_have_cycles(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    element = dataclasses.replace(QUICK, group="elements", seeds=1)
+    monkeypatch.setattr(suite, "CONFIGURATIONS", (element,))
+    records = measure_all([element], quick / "results.json", figures=lambda arch: {"lanes": arch.lanes})
+    assert records["elements/quick"]["throughput"] == {"lanes": 8}
+
+
 def test_what_does_not_fit_is_a_result(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    device = dataclasses.replace(get_device("up5k"), lut=100)
+    device = dataclasses.replace(get_device("up5k"), lut=100, frequency_mhz=13.0)  # not the kept placement
     monkeypatch.setattr(suite, "get_device", lambda name: device)
     records = measure_all([QUICK], quick / "results.json")
     record = records["cores/quick"]
@@ -112,6 +124,7 @@ def test_what_does_not_fit_is_a_result(quick: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_tool_that_is_stopped_leaves_no_result(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NIBBLECORE_CACHE", str(quick / "empty"))
     stop = threading.Event()
     with pytest.raises(ToolchainError, match=r"^yowasp-(yosys|nextpnr-ice40) was stopped\.$"):
         measure(QUICK, seeds=1, report=lambda text: stop.set(), stop=stop)

@@ -22,7 +22,7 @@ _ELEMENTS: Final = """\
 ## Processing elements
 
 The array alone, weight loading included, in the sizes of the cores `small` (16x16) and `large` (32x32), on an ECP5-85F.
-`bitplane+dsp` has eight columns of multipliers beside columns of LUTs.
+`+dsp`: eight columns are `dsp` elements, the others what stands before it.
 """
 _NETWORKS: Final = """\
 ### On networks

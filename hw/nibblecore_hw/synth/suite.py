@@ -70,9 +70,10 @@ class Configuration:
 
 
 def _elements() -> Iterable[Configuration]:
-    """Every element in the arrays of ``small`` and ``large``, and ``bitplane`` with as many multipliers as are free."""
+    """Every element in the arrays of ``small`` and ``large``, and mixes with multipliers that requantization leaves."""
     kinds: list[tuple[str, dict[str, int | str]]] = [(e, {"element": e}) for e in ELEMENT_WEIGHT_RANGE]
-    kinds.append(("bitplane+dsp", {"element": "bitplane", "dsp_columns": 8}))
+    mixed = [e for e in ELEMENT_WEIGHT_RANGE if e not in ("generic", "dsp")]
+    kinds += [(f"{e}+dsp", {"element": e, "dsp_columns": 8}) for e in mixed]
     for arch in ("small", "large"):
         core = get_arch(arch)
         for name, settings in kinds:
@@ -187,6 +188,7 @@ def measure_all(
     *,
     jobs: int = 1,
     seeds: int | None = None,
+    figures: Callable[[ArchConfig], Record] | None = None,
     tick: Tick = lambda *_: None,
     done: Callable[[Configuration, Record], None] = lambda *_: None,
 ) -> dict[str, Record]:
@@ -201,6 +203,8 @@ def measure_all(
         Configurations that are measured at once; each takes one core and up to some GB.
     seeds : int, optional
         At most so many placements of each, for those in a hurry.
+    figures : callable, optional
+        What records of elements get as ``throughput``.
     tick, done : callable
         Called in any thread, one at a time.
 
@@ -233,6 +237,8 @@ def measure_all(
         # An interrupt from the keyboard ends the tools as well, and that is no result.
         if "failed" in record and stop.wait(_INTERRUPT_SECONDS):
             return
+        if figures is not None and configuration.group == "elements" and "failed" not in record:
+            record["throughput"] = figures(configuration.config())
         with lock:
             save({**load(path), configuration.name: record}, path)
             done(configuration, record)
