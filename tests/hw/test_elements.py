@@ -5,25 +5,61 @@ import itertools
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 from amaranth.hdl import ClockDomain, Fragment, Module, signed
 from amaranth.sim import Simulator
 
 from nibblecore.arch.config import ELEMENT_WEIGHT_RANGE
-from nibblecore_hw.core.elements import ELEMENTS, BitplaneDot, DotElement, DspQuad, GenericDot, make_element
+from nibblecore_hw.core.elements import (
+    ELEMENTS,
+    BitplaneDot,
+    DotElement,
+    DspQuad,
+    GenericDot,
+    LutramDot,
+    TableColumns,
+    TableFill,
+    make_element,
+)
 from nibblecore_hw.core.elements.ecp5 import plan_chains
-from nibblecore_hw.core.elements.heap import One, Product, Wire, negative_constant, plan_dot, second_operand
+from nibblecore_hw.core.elements.heap import (
+    Base,
+    Correction,
+    Entry,
+    One,
+    Product,
+    Wire,
+    base_bits,
+    negative_constant,
+    plan_dot,
+    plan_tables,
+    second_operand,
+    table_constant,
+)
+from nibblecore_hw.core.elements.lutram import table_entry
+from nibblecore_sim.pysim import simulate
 
 LANES = (1, 2, 4, 8, 16, 32, 64)
 
 
 def elements(lanes):
-    return [GenericDot(lanes=lanes)] + [BitplaneDot(lanes=lanes, levels_per_stage=n) for n in (1, 2, 3, 4)]
+    return [
+        GenericDot(lanes=lanes),
+        *(BitplaneDot(lanes=lanes, levels_per_stage=n) for n in (1, 2, 3, 4)),
+        *(LutramDot(lanes=lanes, levels_per_stage=n) for n in (1, 2, 3) if lanes >= 4),
+    ]
+
+
+def lanes_of(kind):
+    """Lanes that elements of this kind may have."""
+    return LANES[2:] if kind == "lutram2" else LANES
 
 
 def element_id(element):
-    if isinstance(element, BitplaneDot):
-        return f"bitplane-{element.lanes}-stages{element.plan.stages}"
+    if isinstance(element, BitplaneDot | LutramDot):
+        kind = "bitplane" if isinstance(element, BitplaneDot) else "lutram2"
+        return f"{kind}-{element.lanes}-stages{element.plan.stages}"
     return f"generic-{element.lanes}"
 
 
@@ -32,10 +68,11 @@ def element_id(element):
 
 @pytest.mark.parametrize("kind", ELEMENTS)
 def test_lanes_outside_range(kind):
-    for lanes in (0, 65, -4):
-        with pytest.raises(ValueError, match=rf"^lanes must be in 1\.\.64, not {lanes}$"):
+    lowest = lanes_of(kind)[0]
+    for lanes in (0, 65, -4, lowest - 1):
+        with pytest.raises(ValueError, match=rf"^lanes must be in {lowest}\.\.64, not {lanes}$"):
             ELEMENTS[kind](lanes=lanes)
-    for lanes in (3, 48):
+    for lanes in (6, 48):
         with pytest.raises(ValueError, match=rf"^lanes must be a power of two, not {lanes}$"):
             ELEMENTS[kind](lanes=lanes)
 
@@ -47,21 +84,35 @@ def test_lanes_of_wrong_type(lanes):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match=r"^element must be one of generic, bitplane, not 'dsp48'$"):
+    with pytest.raises(ValueError, match=r"^element must be one of generic, bitplane, lutram2, not 'dsp48'$"):
         make_element("dsp48", lanes=4)
     with pytest.raises(ValueError, match=r"^technology must be one of generic, ecp5, not 'ice40'$"):
         make_element("generic", lanes=4, technology="ice40")
-    with pytest.raises(ValueError, match=r"^technology must be one of generic, ecp5, not 'ice40'$"):
-        BitplaneDot(lanes=4, technology="ice40")
+    for make in (
+        lambda: BitplaneDot(lanes=4, technology="ice40"),
+        lambda: LutramDot(lanes=4, technology="ice40"),
+        lambda: TableColumns(lanes=4, columns=1, technology="ice40"),
+        lambda: TableFill(lanes=4, columns=1, technology="ice40"),
+    ):
+        with pytest.raises(ValueError, match=r"^technology must be one of generic, ecp5, not 'ice40'$"):
+            make()
 
 
 @pytest.mark.parametrize(("name", "low", "high"), [("levels_per_stage", 1, 4), ("chain_cells", 16, 192)])
-def test_bitplane_numbers(name, low, high):
+@pytest.mark.parametrize("element", [BitplaneDot, LutramDot])
+def test_numbers_of_elements_with_adders_to_plan(element, name, low, high):
     for value in (low - 1, high + 1):
         with pytest.raises(ValueError, match=rf"^{name} must be in {low}\.\.{high}, not {value}$"):
-            BitplaneDot(lanes=4, **{name: value})
+            element(lanes=4, **{name: value})
     with pytest.raises(TypeError, match=rf"^{name} must be an integer, not '2'$"):
-        BitplaneDot(lanes=4, **{name: "2"})
+        element(lanes=4, **{name: "2"})
+
+
+@pytest.mark.parametrize("component", [TableColumns, TableFill])
+def test_columns_of_tables(component):
+    for columns in (0, 65):
+        with pytest.raises(ValueError, match=rf"^columns must be in 1\.\.64, not {columns}$"):
+            component(lanes=4, columns=columns)
 
 
 def test_model_refuses_what_is_no_dot_product():
@@ -78,13 +129,13 @@ def test_registry_knows_the_elements_of_the_architecture():
     assert {**ranges, "dsp": DspQuad.WEIGHT_RANGE} == ELEMENT_WEIGHT_RANGE
 
 
-@pytest.mark.parametrize("lanes", LANES)
-@pytest.mark.parametrize("kind", ELEMENTS)
+@pytest.mark.parametrize(("kind", "lanes"), [(kind, lanes) for kind in ELEMENTS for lanes in lanes_of(kind)])
 def test_interface(kind, lanes):
     element = make_element(kind, lanes=lanes)
     Fragment.get(element, None)  # or Amaranth warns of an unused element
     assert type(element) is ELEMENTS[kind]
-    assert (element.lanes, element.pixels, element.load_cycles) == (lanes, 1, 1)
+    load_cycles = TableFill.LATENCY + 1 if kind == "lutram2" else 1
+    assert (element.lanes, element.pixels, element.load_cycles) == (lanes, 1, load_cycles)
     assert element.weight_range == (-8, 7)
     # The sum's width holds the extremes and has no bit too many.
     bits = element.sum.shape().width
@@ -94,10 +145,9 @@ def test_interface(kind, lanes):
 
 
 def test_technology_changes_no_latency():
-    for lanes, levels in itertools.product(LANES, (1, 2)):
+    for kind, levels in itertools.product((BitplaneDot, LutramDot), (1, 2)):
         latencies = {
-            BitplaneDot(lanes=lanes, technology=technology, levels_per_stage=levels).latency
-            for technology in ("generic", "ecp5")
+            kind(lanes=8, technology=technology, levels_per_stage=levels).latency for technology in ("generic", "ecp5")
         }
         assert len(latencies) == 1
 
@@ -118,6 +168,8 @@ def test_inverted_operands(kind):
         ctx.set(element.load_stb, 1)
         await ctx.tick()
         ctx.set(element.load_stb, 0)
+        for _ in range(element.load_cycles - 1):
+            await ctx.tick()
         ctx.set(element.swap_stb, 1)
         for word in words:
             ctx.set(element.activations.as_value(), invert(word, element.ACTIVATION_POLARITY))
@@ -134,11 +186,25 @@ def test_inverted_operands(kind):
 # The summation plan ----------------------------------------------------------------------------------------------
 
 
+def leaves_of(make_plan, lanes):
+    """What a plan has to add up, with the weights, and the number that is too much in it."""
+    if make_plan is plan_dot:
+        products = {Product(lane, k, j) for lane in range(lanes) for j in range(4) for k in range(4)}
+        return {product: product.activation_bit + product.weight_bit for product in products}, negative_constant(lanes)
+    places = list(itertools.product(range(lanes // 4), range(4)))
+    leaves = {Entry(group, plane, bit): plane + bit for group, plane in places for bit in range(5)}
+    leaves |= {Correction(group, plane): plane for group, plane in places}
+    return leaves | {Base(bit): bit for bit in range(base_bits(lanes))}, table_constant(lanes)
+
+
 @pytest.mark.parametrize("levels_per_stage", [1, 2, 3, 4])
-@pytest.mark.parametrize("lanes", LANES)
-def test_plan_adds_every_product_once(lanes, levels_per_stage):
+@pytest.mark.parametrize(
+    ("make_plan", "lanes"), [(plan_dot, n) for n in LANES] + [(plan_tables, n) for n in LANES if n >= 4]
+)
+def test_plan_adds_every_leaf_once(make_plan, lanes, levels_per_stage):
     """With correct adders the sum is then right for every input: each row hands on exactly the value it consumes."""
-    plan = plan_dot(lanes=lanes, levels_per_stage=levels_per_stage)
+    plan = make_plan(lanes=lanes, levels_per_stage=levels_per_stage)
+    leaves, surplus = leaves_of(make_plan, lanes)
     width = 8 + (lanes - 1).bit_length()
     used = Counter()
     ones = 0
@@ -147,8 +213,8 @@ def test_plan_adds_every_product_once(lanes, levels_per_stage):
         for bit, weight in row.inputs:
             used[bit] += 1
             match bit:
-                case Product():
-                    assert bit.weight == weight
+                case Product() | Entry() | Correction() | Base():
+                    assert leaves[bit] == bit.weight == weight
                     assert plan.stage_of_level[row.level] == 0, "the activations are one cycle older behind a register"
                 case Wire():
                     source = plan.rows[bit.row]
@@ -165,11 +231,10 @@ def test_plan_adds_every_product_once(lanes, levels_per_stage):
         used[wire] += 1
         assert plan.rows[wire.row].weight + wire.bit == n
     assert len(plan.result) == width
-    products = {Product(lane, k, j) for lane in range(lanes) for k in range(4) for j in range(4)}
     wires = {Wire(row.index, n) for row in plan.rows for n in range(row.width)}
-    assert set(used) - {One()} == products | wires
+    assert set(used) - {One()} == set(leaves) | wires
     assert all(count == 1 for bit, count in used.items() if bit != One())
-    assert (ones + negative_constant(lanes)) % (1 << width) == 0
+    assert (ones + surplus) % (1 << width) == 0
 
 
 def test_inverted_products_and_constant_make_the_signed_product():
@@ -179,10 +244,81 @@ def test_inverted_products_and_constant_make_the_signed_product():
         assert total - negative_constant(1) == a * w
 
 
+def test_entries_corrections_and_base_make_the_signed_sum():
+    """The coding of the tables, for all weights of a group and, plane by plane, all activation bits.
+
+    If every plane gives half of ``sum_i w_i * s_i``, less half of its parity, the planes and the base add up to the dot
+    product: the parities cancel.
+    """
+    grid = np.arange(-8, 8)
+    weights = np.stack(np.meshgrid(grid, grid, grid, grid, indexing="ij"), -1).reshape(-1, 4).T
+    total = weights.sum(0)
+    odd = total & 1
+    for bits in itertools.product((0, 1), repeat=4):
+        index = sum((bits[i] ^ bits[3]) << i for i in range(3))
+        entry = table_entry(weights, index)
+        assert entry.min() >= 0
+        assert entry.max() <= 31
+        signed_sum = sum(w * (2 * b - 1) for w, b in zip(weights, bits, strict=True))
+        for plane, sign in ((0, 1 - bits[3]), (3, bits[3])):
+            leaves = (31 - entry if sign else entry) - 16 + (sign | odd if plane == 3 else sign & 1 - odd)
+            assert (2 * leaves == (odd - signed_sum if plane == 3 else signed_sum - odd)).all()
+    # 1 + 2 + 4 - 8 halves of the parity, with that of plane 3 counted the other way round, and that of the base.
+    base = 16 - (total + odd) // 2
+    assert (base >= 0).all()
+    for lanes in (4, 64):
+        assert int(base.max()) * (lanes // 4) < 1 << base_bits(lanes)
+
+
+@pytest.mark.parametrize("lanes", [4, 8, 64])
+@pytest.mark.parametrize("columns", [1, 2, 4, 8])
+def test_fill(lanes, columns):
+    """Entries, parities and bases of blocks that follow each other as closely as they may, or with pauses."""
+    rng = random.Random(f"{lanes} {columns}")
+    fill = TableFill(lanes=lanes, columns=columns, tag_bits=3)
+    interval = max(1, 8 // columns)
+    blocks = [[random_word(rng, lanes) for _ in range(columns)] for _ in range(6)]
+    blocks[0] = [[rng.choice((-8, 7))] * lanes for _ in range(columns)]
+    cycle, words, last = 0, {}, []
+    for number, block in enumerate(blocks):
+        for column, word in enumerate(block):
+            words[cycle] = (number, column, word)
+            last.append(cycle) if column == columns - 1 else None
+            cycle += interval + (rng.randrange(4) if number > 2 else 0)
+    seen = {}
+
+    async def bench(ctx):
+        for now in range(cycle + fill.LATENCY + 2):
+            number, column, word = words.get(now, (rng.randrange(8), rng.randrange(columns), random_word(rng, lanes)))
+            ctx.set(fill.load_stb, now in words)
+            ctx.set(fill.tag, number)
+            ctx.set(fill.column, column)
+            ctx.set(fill.weights, word)
+            _, _, stb, o = await ctx.tick().sample(fill.o_stb, fill.o)
+            if stb:
+                entries = [[o.entries[group][n] for n in range(columns)] for group in range(lanes // 4)]
+                seen[now] = (o.tag, o.index, o.bank, entries, [o.odd[n] for n in range(columns)], list(o.base))
+
+    simulate(fill, bench)
+    assert list(seen) == [end + 5 + index for end in last for index in range(8)]
+    for number, (block, end) in enumerate(zip(blocks, last, strict=True)):
+        groups = [[word[n : n + 4] for word in block] for n in range(0, lanes, 4)]
+        for index in range(8):
+            tag, place, bank, entries, odd, base = seen[end + 5 + index]
+            assert (tag, place, bank) == (number, index, 1)
+            assert entries == [[table_entry(weights, index) for weights in group] for group in groups]
+            if index == 4:
+                sums = [[sum(weights) for weights in column] for column in zip(*groups, strict=True)]
+                assert odd == [sum((total & 1) << g for g, total in enumerate(column)) for column in sums]
+                assert base == [sum(16 + -total // 2 for total in column) for column in sums]
+
+
 @pytest.mark.parametrize("chain_cells", [16, 48, 192])
-@pytest.mark.parametrize("lanes", LANES)
-def test_chains_hold_every_row_and_never_feed_themselves(lanes, chain_cells):
-    plan = plan_dot(lanes=lanes, levels_per_stage=2)
+@pytest.mark.parametrize(
+    ("make_plan", "lanes"), [(plan_dot, n) for n in LANES] + [(plan_tables, n) for n in LANES if n >= 4]
+)
+def test_chains_hold_every_row_and_never_feed_themselves(make_plan, lanes, chain_cells):
+    plan = make_plan(lanes=lanes, levels_per_stage=2)
     chains = plan_chains(plan, chain_cells=chain_cells)
     assert sorted(row.index for chain in chains for row in chain) == [row.index for row in plan.rows if not row.is_gate]
     chain_of = {row.index: n for n, chain in enumerate(chains) for row in chain}
@@ -205,7 +341,25 @@ def test_plan_stays_cheap(lanes, cells, registers):
     assert plan.register_bits <= registers * lanes
 
 
+@pytest.mark.parametrize(("lanes", "cells", "registers"), [(4, 7.5, 5.6), (16, 7.1, 4.4), (64, 7.3, 3.3)])
+def test_plan_for_tables_stays_cheap(lanes, cells, registers):
+    plan = plan_tables(lanes=lanes, levels_per_stage=2)
+    assert plan.adder_cells <= cells * lanes
+    assert plan.register_bits <= registers * lanes
+
+
 # Elements against their model ------------------------------------------------------------------------------------
+
+
+def spaced(element, stream):
+    """The stream with pauses where a strobe comes sooner after a load than the element allows."""
+    since = element.load_cycles
+    for activations, weights, load, swap in stream:
+        while (load or swap) and since < element.load_cycles:
+            yield activations, weights, False, False
+            since += 1
+        yield activations, weights, load, swap
+        since = 1 if load else since + 1
 
 
 def check_stream(element, stream, note):
@@ -215,7 +369,7 @@ def check_stream(element, stream, note):
 
     async def bench(ctx):
         nonlocal active, shadow
-        for activations, weights, load, swap in stream:
+        for activations, weights, load, swap in spaced(element, stream):
             ctx.set(element.activations, activations)
             ctx.set(element.weights, weights)
             ctx.set(element.load_stb, load)
@@ -313,7 +467,7 @@ def test_every_pair_of_weights(element):
     check_stream(element, stream, "weight pairs")
 
 
-@pytest.mark.parametrize("element", [GenericDot(lanes=2), BitplaneDot(lanes=2)], ids=element_id)
+@pytest.mark.parametrize("element", [GenericDot(lanes=2), BitplaneDot(lanes=2), LutramDot(lanes=4)], ids=element_id)
 def test_reset_keeps_the_weights(element):
     top = Module()
     top.domains.sync = domain = ClockDomain()
@@ -321,12 +475,14 @@ def test_reset_keeps_the_weights(element):
     sums = []
 
     async def bench(ctx):
-        ctx.set(element.weights, [3, -5])
+        ctx.set(element.weights, [3, -5] + [1] * (element.lanes - 2))
         ctx.set(element.load_stb, 1)
         await ctx.tick()
         ctx.set(element.load_stb, 0)
+        for _ in range(element.load_cycles - 1):
+            await ctx.tick()
         ctx.set(element.swap_stb, 1)
-        ctx.set(element.activations, [7, -8])
+        ctx.set(element.activations, [7, -8] + [0] * (element.lanes - 2))
         await ctx.tick()
         ctx.set(element.swap_stb, 0)
         ctx.set(domain.rst, 1)

@@ -10,6 +10,7 @@ import pytest
 from amaranth import ResetInserter, Signal
 
 from nibblecore.arch.config import ArchConfig
+from nibblecore.arch.elements import tile_cycles
 from nibblecore.arch.isa import Instruction, Opcode, encode, make
 from nibblecore_hw.core.mac import MacEngine
 from nibblecore_hw.layouts import ACC_READ_LATENCY, LAST_READ_LATENCY
@@ -38,6 +39,8 @@ CONFIGS = {
     "one_group": config(4, 4, post_lanes=4),
     "one_column": config(4, 1, post_lanes=1, element="bitplane"),
     "dsp": config(4, 4, element="dsp"),
+    "tables": config(4, 4, element="lutram2"),
+    "tables_mix": config(4, 8, element="lutram2", dsp_columns=4),
     "mix": config(4, 8, element="bitplane", dsp_columns=4),
 }
 
@@ -327,7 +330,7 @@ def test_cycles_of_the_documentation(kind: str, offer_gap: int) -> None:
         pixels = pixels_of(i)
         for _ in range(passes_of(i)):
             entered += range(begin, begin + pixels)
-            begin += max(pixels + pixels % 2 * (arch.paired_columns > 0), arch.columns, engine.HAZARD)
+            begin += max(pixels + pixels % 2 * (arch.paired_columns > 0), tile_cycles(arch), engine.HAZARD)
         done.append(entered[-1] + engine.drain_cycles)
     assert trace.entered == entered
     assert trace.done == done
@@ -343,8 +346,8 @@ def test_cycles_of_one_instruction(kind: str) -> None:
     engine = MacEngine(arch)
     trace = run(engine, arch, [i], seed=0)
     assert trace.done == [engine.cycles(pixels=6, passes=6)]
-    assert trace.entered[0] == engine.start_cycles == max(arch.columns, 4)
-    assert engine.pass_cycles(pixels=1) == max(arch.columns, 4)
+    assert trace.entered[0] == engine.start_cycles == max(tile_cycles(arch), 4)
+    assert engine.pass_cycles(pixels=1) == max(tile_cycles(arch), 4)
 
 
 @pytest.mark.parametrize(("pixels", "slack"), [(4, 0), (6, 2)])

@@ -9,9 +9,10 @@ from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2
 
 from nibblecore.arch.config import ArchConfig
+from nibblecore.arch.elements import element_timing
 
 from ..layouts import word_layout
-from .elements import DotElement, DspHead, DspQuad, make_element
+from .elements import DotElement, DspHead, DspQuad, TableColumns, TableFill, code_activations, make_element
 
 
 class SystolicArray(wiring.Component):
@@ -24,8 +25,10 @@ class SystolicArray(wiring.Component):
     - ``activations``: ``sums`` of the group's columns in cycle ``k + latencies[g]``, see :attr:`latencies`;
     - ``swap_stb``: the activations of the same cycle are the first to meet the loaded tile;
     - ``load_stb``: ``weights`` become column ``column`` of the next tile. The loads of a tile may begin in the cycle
-      after the previous tile's swap, and its own swap may come in the cycle of its last load or later: a tile needs
-      ``columns`` cycles, and nothing is lost between tiles.
+      after the previous tile's swap, ``load_interval`` cycles apart or more, and its own swap may come ``load_cycles``
+      cycles after its last load or later: a tile needs :func:`~nibblecore.arch.elements.tile_cycles`, and nothing is
+      lost between tiles. Where ``load_cycles`` is not 0 (:func:`~nibblecore.arch.elements.element_timing`), every swap
+      needs a tile of its own, with its columns in ascending order.
 
     If some columns are ``dsp`` elements (``arch.paired_columns``), the activations of a cycle with ``swap_stb`` and of
     the next make a pair, and so do those of every two cycles that follow, up to the next swap. A swap may come at any
@@ -67,19 +70,29 @@ class SystolicArray(wiring.Component):
     def __init__(self, arch: ArchConfig, *, technology: str = "generic") -> None:
         self._arch = arch
         # Built here and not in elaborate(), because they know the latency. An array may be asked for that alone.
-        self._elements = [
-            make_element(arch.element, lanes=arch.lanes, inverted=True, technology=technology)
-            for _ in range(arch.columns - arch.paired_columns)
-        ]
+        plain_columns = arch.columns - arch.paired_columns
+        self._timing = element_timing(arch)
+        self._elements: list[DotElement] = []
+        self._tables: list[TableColumns] = []
+        if self._timing.fill_columns:
+            self._tables = [
+                TableColumns(lanes=arch.lanes, columns=arch.post_lanes, technology=technology)
+                for _ in range(plain_columns // arch.post_lanes)
+            ]
+            self._fill = TableFill(
+                lanes=arch.lanes,
+                columns=self._timing.fill_columns,
+                tag_bits=ceil_log2(arch.columns) - ceil_log2(self._timing.fill_columns),
+                technology=technology,
+            )
+        else:
+            self._elements = [
+                make_element(arch.element, lanes=arch.lanes, inverted=True, technology=technology)
+                for _ in range(plain_columns)
+            ]
         self._quads = [
             DspQuad(lanes=arch.lanes, technology=technology) for _ in range(arch.paired_columns // DspQuad.COLUMNS)
         ]
-        if self._elements and self._elements[0].load_cycles != 1:
-            cycles = self._elements[0].load_cycles
-            raise ValueError(
-                f"element {arch.element!r} takes {cycles} cycles from load to swap, and the timing of the "
-                "array allows 1"
-            )
         word = word_layout(arch)
         super().__init__(
             {
@@ -97,7 +110,8 @@ class SystolicArray(wiring.Component):
         """Cycles from ``activations`` to the sums of each group."""
         arch = self._arch
         groups, paired = arch.columns // arch.post_lanes, arch.paired_columns // arch.post_lanes
-        of_elements = [1 + self._elements[0].latency] * (groups - paired) if self._elements else []
+        first: list[DotElement | TableColumns] = [*self._elements[:1], *self._tables[:1]]
+        of_elements = [1 + element.latency for element in first] * (groups - paired)
         of_quads = [1 + DspHead.LATENCY + self._quads[0].latency] * paired if self._quads else []
         return tuple(latency + group for group, latency in enumerate(of_elements + of_quads))
 
@@ -123,7 +137,7 @@ class SystolicArray(wiring.Component):
             swap.eq(self.swap_stb),
         ]
         plain_groups = (arch.columns - arch.paired_columns) // arch.post_lanes
-        for group in range(plain_groups + bool(self._quads)):
+        for group in range(plain_groups + bool(self._quads) if self._elements or self._quads else 0):
             if group:
                 hop_activations = Signal(word, name=f"activations{group}", reset_less=True)
                 hop_weights = Signal(word, name=f"weights{group}", reset_less=True)
@@ -140,6 +154,8 @@ class SystolicArray(wiring.Component):
                 swap, load, column = hop_swap, hop_load, hop_column
             if group == plain_groups:
                 break
+            if self._tables:
+                continue
             for n in range(group * arch.post_lanes, (group + 1) * arch.post_lanes):
                 element = self._elements[n]
                 m.submodules[f"column{n}"] = element
@@ -150,6 +166,8 @@ class SystolicArray(wiring.Component):
                     element.load_stb.eq(load & (column == n)),
                     self.sums[n].eq(element.sum),
                 ]
+        if self._tables:
+            self._add_tables(m)
         if self._quads:
             m.submodules.head = head = DspHead(
                 lanes=arch.lanes,
@@ -166,6 +184,60 @@ class SystolicArray(wiring.Component):
             ]
             self._add_quads(m, head)
         return m
+
+    def _add_tables(self, m: Module) -> None:
+        """Groups whose columns share LUT RAMs. Their entries are made in one place, and hop as activations do."""
+        arch, fill = self._arch, self._fill
+        m.submodules.fill = fill
+        coded = Signal(arch.word_bits, name="coded0", reset_less=True)
+        bank, swap = Signal(name="bank0", reset_less=True), Signal(name="table_swap0")
+        m.d.sync += [
+            coded.eq(code_activations(self.activations)),
+            bank.eq(bank ^ self.swap_stb),
+            swap.eq(self.swap_stb),
+        ]
+        m.d.comb += [
+            fill.weights.eq(self.weights),
+            Cat(fill.column, fill.tag).eq(self.column),
+            fill.load_stb.eq(self.load_stb),
+            fill.bank.eq(bank),
+        ]
+        # Of a block of columns, every group takes its own.
+        parts = fill.columns // arch.post_lanes
+        write, write_stb = fill.o, fill.o_stb
+        for group, table in enumerate(self._tables):
+            if group:
+                hop_coded = Signal.like(coded, name=f"coded{group}", reset_less=True)
+                hop_write = data.View(write.shape(), Signal(write.shape().size, name=f"write{group}", reset_less=True))
+                hop_bank = Signal(name=f"bank{group}", reset_less=True)
+                hop_swap, hop_stb = Signal(name=f"table_swap{group}"), Signal(name=f"write_stb{group}")
+                m.d.sync += [
+                    hop_coded.eq(coded),
+                    hop_bank.eq(bank),
+                    hop_swap.eq(swap),
+                    hop_write.eq(write),
+                    hop_stb.eq(write_stb),
+                ]
+                coded, bank, swap, write, write_stb = hop_coded, hop_bank, hop_swap, hop_write, hop_stb
+            first = group % parts * arch.post_lanes
+            own = range(first, first + arch.post_lanes)
+            m.submodules[f"group{group}"] = table
+            m.d.comb += [
+                table.activations.eq(coded),
+                table.bank.eq(bank),
+                table.swap_stb.eq(swap),
+                table.write.index.eq(write.index),
+                table.write.bank.eq(write.bank),
+                *(
+                    table.write.entries[n].eq(Cat(entries[column] for column in own))
+                    for n, entries in enumerate(write.entries)
+                ),
+                table.write.odd.eq(Cat(write.odd[column] for column in own)),
+                table.write.base.eq(Cat(write.base[column] for column in own)),
+                table.write_stb.eq(write_stb & (write.tag == group // parts)),
+            ]
+            sums = self.sums.as_value().word_select(group, arch.post_lanes * self.sum_bits)
+            m.d.comb += sums.eq(table.sums)
 
     def _add_quads(self, m: Module, head: DspHead) -> None:
         """Quads of two groups at a time: the columns of the second one, which are a cycle later, are its others."""

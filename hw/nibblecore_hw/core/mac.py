@@ -10,6 +10,7 @@ from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2
 
 from nibblecore.arch.config import ArchConfig
+from nibblecore.arch.elements import element_timing, tile_cycles
 from nibblecore.arch.isa import LOCAL_ADDR_BITS, Instruction, Opcode
 from nibblecore.arch.numerics import wrap
 
@@ -27,8 +28,9 @@ _TAG = data.StructLayout({"accumulate": 1, "bank": 1, "shift": 2, "pad": 4})
 class MacEngine(wiring.Component):
     """Executes MAC instructions: one weight tile per pass, one pixel per cycle.
 
-    Cycles, where no bank is lost and every read is granted at once, with ``P = max(pixels, columns, HAZARD)`` of a tile
-    of ``pixels = rows * cols``, made even where the core has ``dsp`` elements, which take pixels in pairs:
+    Cycles, where no bank is lost and every read is granted at once, with ``P = max(pixels, tile_cycles, HAZARD)`` of a
+    tile of ``pixels = rows * cols``, made even where the core has ``dsp`` elements, which take pixels in pairs, and
+    ``tile_cycles`` of :func:`nibblecore.arch.elements.tile_cycles`, which are ``columns`` for elements without tables:
 
     - A pass takes ``P`` cycles from its first pixel to that of the next pass. So does the last pass of an instruction
       to the first pixel of the next one, whose first tile is fetched meanwhile, if that command is offered
@@ -117,7 +119,7 @@ class MacEngine(wiring.Component):
     @property
     def start_cycles(self) -> int:
         """Cycles from the first one with ``command.valid`` to the first pixel, from idle."""
-        return max(self._arch.columns, LoopNest.LATENCY)
+        return max(tile_cycles(self._arch), LoopNest.LATENCY)
 
     @property
     def drain_cycles(self) -> int:
@@ -128,7 +130,7 @@ class MacEngine(wiring.Component):
         """Cycles of a pass over a tile of so many pixels."""
         if self._arch.paired_columns:
             pixels += pixels % 2
-        return max(pixels, self._arch.columns, self.HAZARD)
+        return max(pixels, tile_cycles(self._arch), self.HAZARD)
 
     def cycles(self, *, pixels: int, passes: int) -> int:
         """Cycles of one instruction from idle, from its first cycle with ``command.valid`` to its ``done_stb``."""
@@ -217,14 +219,19 @@ class MacEngine(wiring.Component):
         column = Signal(ceil_log2(arch.columns))
         is_last = Signal(init=arch.columns == 1)  # column == columns - 1, as a register
         granted, tile_ends, offered = Signal(), Signal(), Signal()
+        # Tables take their words at intervals, and some cycles after the last one.
+        timing = element_timing(arch)
+        resting = Signal()  # rest != 0
+        rest = Signal(range(timing.load_interval))
+        settle = Signal(range(timing.load_cycles + 1))
         next_tile = Signal.like(tile, reset_less=True)  # as a register: a tile is in use for HAZARD cycles
         is_first = Signal()  # the next tile is the first one of an instruction
         m.d.comb += [
             self.w.addr.eq(address),
-            self.w.valid.eq(fetches),
-            granted.eq(fetches & self.w.ready),
+            self.w.valid.eq(fetches & ~resting),
+            granted.eq(self.w.valid & self.w.ready),
             tile_ends.eq(granted & is_last),
-            tile_there.eq(complete | tile_ends),
+            tile_there.eq(complete if timing.load_cycles else complete | tile_ends),
             tile_begins.eq(enters & pass_begins),
             offered.eq(self.command.valid & ~weights_taken),
             is_first.eq(wanting | last_pass),
@@ -236,8 +243,20 @@ class MacEngine(wiring.Component):
                 column.eq(column + 1),
                 is_last.eq(column == (arch.columns - 2) % arch.columns),
             ]
+        if timing.load_interval > 1:
+            with m.If(granted):
+                m.d.sync += [rest.eq(timing.load_interval - 1), resting.eq(1)]
+            with m.Elif(resting):
+                m.d.sync += [rest.eq(rest - 1), resting.eq(rest != 1)]
+        if timing.load_cycles > 1:
+            with m.If(tile_ends):
+                m.d.sync += settle.eq(timing.load_cycles - 1)
+            with m.Elif(settle.any()):
+                m.d.sync += settle.eq(settle - 1)
         with m.If(tile_ends):
-            m.d.sync += [fetches.eq(0), complete.eq(1)]
+            m.d.sync += fetches.eq(0)
+        with m.If(settle == 1 if timing.load_cycles > 1 else tile_ends):
+            m.d.sync += complete.eq(1)
         with m.If(tile_begins):
             m.d.sync += complete.eq(0)
         # While nothing is offered these take what does not matter, and go on wanting.

@@ -9,7 +9,12 @@ from ..errors import ConfigError
 
 MemoryKind = Literal["dual", "single"]
 
-ELEMENT_WEIGHT_RANGE: Final[dict[str, tuple[int, int]]] = {"generic": (-8, 7), "bitplane": (-8, 7), "dsp": (-7, 7)}
+ELEMENT_WEIGHT_RANGE: Final[dict[str, tuple[int, int]]] = {
+    "generic": (-8, 7),
+    "bitplane": (-8, 7),
+    "lutram2": (-8, 7),
+    "dsp": (-7, 7),
+}
 """Processing elements that exist, with the weights that each multiplies exactly."""
 
 PARAM_BITS: Final = 64

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from ..arch.config import ArchConfig
+from ..arch.elements import tile_cycles
 from ..arch.isa import INSTRUCTION_BYTES, Engine, Instruction, LoadTarget, Opcode, OutputMode, engines_in
 
 if TYPE_CHECKING:
@@ -35,9 +36,9 @@ class CostParameters:
     fetch_start, fetch_interval : int
         From start to the first request; per instruction on top of its bus beats.
     mac_start : int
-        Least cycles before a MAC's first pixel; the first weight tile takes ``columns``.
+        Least cycles before a MAC's first pixel; the first weight tile takes ``tile_cycles``.
     mac_prefetch : bool
-        Whether the first tile of a MAC is fetched while the MAC before still streams; if not, ``columns`` cycles pass
+        Whether the first tile of a MAC is fetched while the MAC before still streams; if not, ``tile_cycles`` pass
         between the two.
     mac_drain : int
         From a MAC's last pixel to its done pulse, one hop per further column group not counted.
@@ -97,7 +98,7 @@ def transfer_cycles(arch: ArchConfig, rows: int, words: int, cost: CostParameter
 
 def pass_cycles(arch: ArchConfig, pixels: int, cost: CostParameters = DEFAULT_COST) -> int:
     """Cycles of one pass of a tile of ``pixels`` pixels: the next weight tile loads meanwhile."""
-    return max(free_pass_cycles(arch, pixels, cost), arch.columns)
+    return max(free_pass_cycles(arch, pixels, cost), tile_cycles(arch))
 
 
 def free_pass_cycles(arch: ArchConfig, pixels: int, cost: CostParameters = DEFAULT_COST) -> int:
@@ -108,7 +109,7 @@ def free_pass_cycles(arch: ArchConfig, pixels: int, cost: CostParameters = DEFAU
 
 def mac_gap(arch: ArchConfig, cost: CostParameters = DEFAULT_COST) -> int:
     """Cycles between the last pixel's slot of one MAC and the first pixel of the next."""
-    return 0 if cost.mac_prefetch else arch.columns
+    return 0 if cost.mac_prefetch else tile_cycles(arch)
 
 
 def drain_cycles(arch: ArchConfig, pixels: int, bricks: int, mode: int, add_words: int) -> int:
@@ -144,7 +145,7 @@ def timing(i: Instruction, arch: ArchConfig, cost: CostParameters = DEFAULT_COST
         idle = pass_cycles(arch, pixels, cost) - pixels  # behind the last pixel of the last pass
         late = cost.mac_drain_dsp if arch.paired_columns else 0
         tail = cost.mac_drain + late + arch.columns // arch.post_lanes - 2 - idle
-        return Timing(max(cost.mac_start, arch.columns), busy, tail, mac_gap(arch, cost))
+        return Timing(max(cost.mac_start, tile_cycles(arch)), busy, tail, mac_gap(arch, cost))
     if i.opcode is Opcode.POST:
         add_words = i["add"] * (1 + i["add_wide"])
         busy = drain_cycles(arch, i["rows"] * i["cols"], i["bricks"], i["mode"], add_words)

@@ -7,8 +7,13 @@ from .base import TECHNOLOGIES, DotElement, check_technology
 from .bitplane import BitplaneDot
 from .dsp import DspHead, DspQuad
 from .generic import GenericDot
+from .lutram import LutramDot, TableColumns, TableFill, code_activations
 
-ELEMENTS: Final[dict[str, type[DotElement]]] = {"generic": GenericDot, "bitplane": BitplaneDot}
+ELEMENTS: Final[dict[str, type[DotElement]]] = {
+    "generic": GenericDot,
+    "bitplane": BitplaneDot,
+    "lutram2": LutramDot,
+}
 """Elements of one column, by the name that ``ArchConfig.element`` gives them. Those of ``dsp`` are :class:`DspQuad`."""
 
 
@@ -35,9 +40,22 @@ def make_element(kind: str, *, lanes: int, technology: str = "generic", **option
         raise ValueError(f"element must be one of {', '.join(ELEMENTS)}, not {kind!r}")
     check_technology(technology)
     element = ELEMENTS[kind]
-    if element is BitplaneDot:
+    if element is not GenericDot:
         options["technology"] = technology
     return element(lanes=lanes, **options)
 
 
-__all__ = ["ELEMENTS", "TECHNOLOGIES", "BitplaneDot", "DotElement", "DspHead", "DspQuad", "GenericDot", "make_element"]
+__all__ = [
+    "ELEMENTS",
+    "TECHNOLOGIES",
+    "BitplaneDot",
+    "DotElement",
+    "DspHead",
+    "DspQuad",
+    "GenericDot",
+    "LutramDot",
+    "TableColumns",
+    "TableFill",
+    "code_activations",
+    "make_element",
+]
