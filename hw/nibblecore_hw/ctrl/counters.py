@@ -1,6 +1,8 @@
 """Performance counters."""
 
-from amaranth import Module, Mux, Signal
+from typing import Any
+
+from amaranth import Cat, Module, Mux, Signal
 from amaranth.hdl import Array
 from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
@@ -13,6 +15,26 @@ SLOTS = 1 << (len(Counter) - 1).bit_length()
 
 COUNTER_BITS = 32
 
+_RECENT_BITS = (SLOTS - 1).bit_length()
+
+
+def _next(state: Any) -> Any:
+    """The bit that enters below and moves a shift register of :data:`_RECENT_BITS` on through all its states.
+
+    An LFSR of the polynomial x^4 + x^3 + 1, with the state of all zeros put between 8 and 1.
+    """
+    return state[3] ^ state[2] ^ ~(state[2] | state[1] | state[0])
+
+
+def _states() -> list[int]:
+    """The state that stands for each number of events."""
+    states = [0]
+    while len(states) < SLOTS:
+        bits = [states[-1] >> n & 1 for n in range(_RECENT_BITS)]
+        states.append((states[-1] << 1 | _next(bits) & 1) % SLOTS)
+    assert len(set(states)) == SLOTS
+    return states
+
 
 def events_layout() -> data.StructLayout:
     """One bit per :class:`nibblecore.arch.regs.Counter`, by its name in lower case; 1 in each cycle that counts."""
@@ -23,8 +45,9 @@ class Counters(wiring.Component):
     """Count the cycles of each event, 32 bits each, wrapping.
 
     The counts lie in one LUT RAM with one adder: each cycle is the turn of one counter, and what happened since its
-    last turn waits in four bits of its own. ``value`` is the exact count of :attr:`LATENCY` cycles before, the event of
-    that very cycle included; a reader waits for the counter's turn, at most :data:`SLOTS` - 1 cycles.
+    last turn waits in four bits of its own, which count in the order of a shift register, a LUT per counter. ``value``
+    is the exact count of :attr:`LATENCY` cycles before, the event of that very cycle included; a reader waits for the
+    counter's turn, at most :data:`SLOTS` - 1 cycles.
 
     Members
     -------
@@ -69,7 +92,12 @@ class Counters(wiring.Component):
         turn, second = Signal(range(SLOTS)), Signal(range(SLOTS))
         silent = [0] * (SLOTS - len(Counter))
         event = Array([*(self.events[c.name.lower()] for c in Counter), *silent])[turn]
-        pending = Array([*recent, *silent])[turn]
+        pending, since = Signal(_RECENT_BITS), Signal(_RECENT_BITS)
+        m.d.comb += pending.eq(Array([*recent, *silent])[turn])
+        with m.Switch(pending):
+            for number, state in enumerate(_states()):
+                with m.Case(state):
+                    m.d.comb += since.eq(number)
         # Three steps, one cycle each: look up, add, write back. A slot comes again long after its last step.
         count = Signal(COUNTER_BITS, reset_less=True)
         more = Signal(range(SLOTS + 1), reset_less=True)
@@ -83,12 +111,13 @@ class Counters(wiring.Component):
             turn.eq(turn + 1),
             second.eq(turn),
             count.eq(Mux(stale == 0, read.data, 0)),
-            more.eq(pending + event),
+            more.eq(since + event),
             self.slot.eq(second),
             self.value.eq(count + more),
         ]
         for c in Counter:
-            m.d.sync += recent[c].eq(recent[c] + self.events[c.name.lower()])
+            with m.If(self.events[c.name.lower()]):
+                m.d.sync += recent[c].eq(Cat(_next(recent[c]), recent[c]))
             with m.If(turn == int(c)):
                 m.d.sync += recent[c].eq(0)
         with m.If(stale != 0):
