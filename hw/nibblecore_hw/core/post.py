@@ -273,6 +273,9 @@ class PostUnit(wiring.Component):
     ----------
     arch : ArchConfig
         The core.
+    held : bool
+        ``command.payload`` stays from the transfer to ``done_stb``, as an issue stage that runs one instruction at a
+        time keeps it anyway: so next to nothing of it is copied.
 
     Members
     -------
@@ -309,8 +312,8 @@ class PostUnit(wiring.Component):
     READ_AHEAD = 16
     """Bricks of the stored operand that are read before they are needed."""
 
-    def __init__(self, arch: ArchConfig) -> None:
-        self._arch = arch
+    def __init__(self, arch: ArchConfig, *, held: bool = False) -> None:
+        self._arch, self._held = arch, held
         act_addr_bits = ceil_log2(arch.act_depth)
         super().__init__(
             {
@@ -398,35 +401,40 @@ class PostUnit(wiring.Component):
         first_low, first_high = (
             Signal(signed(DIFFERENCE_BITS), name=n, reset_less=True) for n in ("first_low", "first_high")
         )
-        zero_b = Signal(code, reset_less=True)
-        add_wide = Signal(reset_less=True)
-        acc_bank = Signal(reset_less=True)
-        part = Signal(range(arch.parts_per_brick), reset_less=True)
-        last_brick = Signal(range(arch.bricks_per_tile), reset_less=True)
+
+        def kept(field: str, bits: int) -> Value:
+            """The lowest ``bits`` of a field of POST, until the instruction is done."""
+            value = Value.cast(post[field])[:bits]
+            if self._held:
+                return value
+            register = Signal(bits, name=field, reset_less=True)
+            with m.If(opening):
+                m.d.sync += register.eq(value)
+            return register
+
+        zero_b = kept("zero_b", CODE_BITS).as_signed()
+        add_wide, acc_bank = kept("add_wide", 1), kept("acc_bank", 1)
+        part = kept("part", ceil_log2(arch.parts_per_brick))
+        last_brick = kept("bricks", ceil_log2(arch.bricks_per_tile))
         with m.If(opening):
             m.d.sync += [
                 is_pool.eq(~to_post),
                 raw.eq(to_post & (post.mode == OutputMode.RAW32)),
                 wide.eq(Mux(to_post, post.mode == OutputMode.INT8, pool.wide)),
                 add.eq(to_post & post.add),
-                add_wide.eq(post.add_wide),
-                acc_bank.eq(post.acc_bank),
-                part.eq(post.part),
-                last_brick.eq(post.bricks),
                 zero.eq(Mux(post.add, post.add_zero, post.zero)),
                 low.eq(Mux(post.add, post.add_low, post.low)),
                 high.eq(Mux(post.add, post.add_high, post.high)),
                 first_low.eq(post.low - post.zero),
                 first_high.eq(post.high - post.zero),
-                zero_b.eq(post.zero_b),
             ]
 
         # --- what is read and written -----------------------------------------------------------------------------
 
         pool_loops = loops_of(Opcode.POOL, ("kx", "ky", "brick", "ox", "oy"))
         read_loops = (Loop(name="plane", count_bits=1, step_bits=1), *pool_loops)
-        m.submodules.reads = reads = LoopNest(loops=read_loops)
-        m.submodules.writes = writes = LoopNest(loops=self._write_loops())
+        m.submodules.reads = reads = LoopNest(loops=read_loops, held=self._held)
+        m.submodules.writes = writes = LoopNest(loops=self._write_loops(), held=self._held)
         # Both nests are idle whenever a job comes, so they let go of it in the same cycle.
         m.d.comb += [
             reads.job.valid.eq(opening),
