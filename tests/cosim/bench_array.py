@@ -1,4 +1,4 @@
-"""cocotb bench of an array with ``dsp`` columns: random passes, the loads of the next tile meanwhile."""
+"""cocotb bench of an array: random passes, the loads of the next tile meanwhile and as late as they may be."""
 
 import itertools
 import json
@@ -20,32 +20,33 @@ async def random_passes(dut):
     lanes, columns, latencies, low, high = (
         setup[name] for name in ("lanes", "columns", "latencies", "lowest_weight", "highest_weight")
     )
+    tile_cycles, load_interval, load_cycles = (setup[n] for n in ("tile_cycles", "load_interval", "load_cycles"))
     word = data.ArrayLayout(signed(4), lanes)
     bits = 8 + (lanes - 1).bit_length()
     dut.rst.value = 0
     Clock(dut.clk, 10, unit="ns").start()
     await FallingEdge(dut.clk)
     loaded = tile = [[0] * lanes] * columns
-    expected = {}
+    expected, loads = {}, {}
     cycle = 0
     for number in itertools.count():
         following = [
             random.choices((low, high) if random.random() < 0.3 else range(low, high + 1), k=lanes)
             for _ in range(columns)
         ]
-        # Of even length, as pairs want it; the last column is loaded in the cycle of the next swap.
-        length = columns + 2 * random.randrange(3)
+        # Of even length, as pairs want it; the last column is loaded when the next swap just allows it.
+        length = tile_cycles + tile_cycles % 2 + 2 * random.randrange(3)
+        for column, weights in enumerate(following):
+            loads[cycle + length - load_cycles - (columns - 1 - column) * load_interval] = column, weights
         for step in range(length):
-            swap, column = number > 0 and step == 0, step - (length - columns)
+            swap = number > 0 and step == 0
             if swap:
                 tile = loaded
-            # The cycle of the last load is the first one of the next pass.
-            load = column >= 1 or swap
-            index = column - 1 if column >= 1 else columns - 1
-            source = following if column >= 1 else loaded
+            load = cycle in loads
+            index, source = loads.pop(cycle) if load else (random.randrange(columns), tile[0])
             activations = random.choices((-8, 7) if random.random() < 0.3 else range(-8, 8), k=lanes)
             dut.activations.value = word.const(activations).as_bits()
-            dut.weights.value = word.const(source[index]).as_bits()
+            dut.weights.value = word.const(source).as_bits()
             dut.column.value, dut.load_stb.value, dut.swap_stb.value = index, int(load), int(swap)
             if number:
                 expected[cycle] = [DotElement.model(activations, weights) for weights in tile]

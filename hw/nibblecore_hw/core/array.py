@@ -204,6 +204,7 @@ class SystolicArray(wiring.Component):
         ]
         # Of a block of columns, every group takes its own.
         parts = fill.columns // arch.post_lanes
+        blocks = arch.columns // fill.columns
         write, write_stb = fill.o, fill.o_stb
         for group, table in enumerate(self._tables):
             if group:
@@ -234,7 +235,7 @@ class SystolicArray(wiring.Component):
                 ),
                 table.write.odd.eq(Cat(write.odd[column] for column in own)),
                 table.write.base.eq(Cat(write.base[column] for column in own)),
-                table.write_stb.eq(write_stb & (write.tag == group // parts)),
+                table.write_stb.eq(write_stb & (write.tag == group // parts if blocks > 1 else 1)),
             ]
             sums = self.sums.as_value().word_select(group, arch.post_lanes * self.sum_bits)
             m.d.comb += sums.eq(table.sums)

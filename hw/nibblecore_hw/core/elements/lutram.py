@@ -66,7 +66,8 @@ def write_layout(*, lanes: int, columns: int, tag_bits: int = 0) -> data.StructL
     """One entry of every group's table, for each of ``columns``.
 
     ``bank``, ``index``: which entry; ``entries[group][column]``; with entry 4 also ``odd[column]``, a bit per group
-    that says whether the sum of its weights is odd, and ``base[column]``, the sum of all ``16 - ceil(S / 2)``.
+    that says whether the sum of its weights is odd, and ``base[column]``, the sum of all ``16 - ceil(S / 2)``. ``tag``
+    is there if it has bits.
     """
     groups = lanes // GROUP
     return data.StructLayout(
@@ -76,8 +77,8 @@ def write_layout(*, lanes: int, columns: int, tag_bits: int = 0) -> data.StructL
             "entries": data.ArrayLayout(data.ArrayLayout(unsigned(TABLE_BITS), columns), groups),
             "odd": data.ArrayLayout(unsigned(groups), columns),
             "base": data.ArrayLayout(unsigned(base_bits(lanes)), columns),
-            "tag": tag_bits,
         }
+        | ({"tag": tag_bits} if tag_bits else {})
     )
 
 
@@ -279,9 +280,10 @@ class TableFill(wiring.Component):
             self.o.entries.eq(Cat(value for row in values for value in row)),
             self.o.odd.eq(odd_out),
             self.o.base.eq(base_out),
-            self.o.tag.eq(tag_out),
             self.o_stb.eq(stb),
         ]
+        if len(tag):
+            m.d.comb += self.o.tag.eq(tag_out)
         return m
 
 
