@@ -12,7 +12,8 @@ from .ecp5 import _ONE, _HalfCell, _instantiate, _joint, _Operand
 class Addition:
     """``total = (left ^ inverted) + (right ^ inverted) + carry``.
 
-    ``left`` and ``right`` are equally wide, ``total`` is as wide or one bit wider.
+    ``left`` and ``right`` are equally wide, ``total`` is as wide or one bit wider. ``late`` says that operands come
+    from far away.
     """
 
     left: Value
@@ -20,6 +21,7 @@ class Addition:
     carry: Value
     total: Signal
     inverted: int = 0
+    late: bool = False
 
     @property
     def bits(self) -> int:
@@ -80,7 +82,10 @@ class Choice:
 
 
 def add_in_chains(m: Module, operations: Sequence[Addition | Choice], *, chain_cells: int, name: str) -> None:
-    """Instantiate operations as carry chains of at most ``chain_cells`` half-cells, about equally long, in their order.
+    """Instantiate operations as carry chains of at most ``chain_cells`` half-cells, about equally long.
+
+    They are cut in their order. Within a chain those with late operands come last: static timing analysis charges an
+    operand with all of the chain behind it.
 
     Neighbours share a chain, between two of them a half-cell that hands the lower one's carry out and the upper one's
     in. So no operation may depend on another within a cycle, or static timing analysis would see a loop.
@@ -99,6 +104,7 @@ def add_in_chains(m: Module, operations: Sequence[Addition | Choice], *, chain_c
         done += cells
 
     for number, chain in enumerate(chains):
+        chain.sort(key=lambda operation: isinstance(operation, Addition) and operation.late)
         half_cells: list[_HalfCell] = []
         carry_out: Value | None = None
         for operation in chain:

@@ -226,6 +226,7 @@ class ProductTrees(wiring.Component):
                         carry=carry(field, middle, level),
                         total=total,
                         inverted=0 if level else 1 << (FIELD_BITS - 1),
+                        late=level == 0,  # from a column of multipliers
                     )
                 )
                 m.d.sync += register.eq(total)
