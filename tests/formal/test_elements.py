@@ -21,7 +21,7 @@ from amaranth.lib.wiring import In
 
 from nibblecore_hw.core import elements
 from nibblecore_hw.core.accumulate import EitherAdder
-from nibblecore_hw.core.elements import BitplaneDot, GenericDot, ecp5
+from nibblecore_hw.core.elements import BitplaneDot, GenericDot, TableColumns, TableFill, ecp5
 from nibblecore_hw.core.elements.dsp import ProductTrees
 from nibblecore_sim.toolchain import find_smt, find_yosys
 
@@ -84,6 +84,27 @@ def test_carry_chains_are_the_inferred_adders(yosys, lanes, levels_per_stage, ch
     # Registers, rows and the sum took part: nothing was left out for want of a common name.
     proved = int(log.split("Found ")[-1].split()[0])
     assert proved >= 12 * lanes + sum(row.width for row in gate.plan.rows)
+
+
+@pytest.mark.parametrize(
+    ("component", "options"),
+    [
+        (TableColumns, {"lanes": 4, "columns": 2, "levels_per_stage": 1, "chain_cells": 16}),
+        (TableColumns, {"lanes": 8, "columns": 1, "levels_per_stage": 2, "chain_cells": 48}),
+        (TableFill, {"lanes": 4, "columns": 2, "tag_bits": 1}),
+    ],
+)
+def test_carry_chains_of_tables_are_the_inferred_adders(yosys, component, options):
+    """The same for tables, whose words take part as registers, and for what fills them."""
+    script = EQUIVALENCE.replace("prep -flatten -top top\n", "prep -flatten -top top\nmemory_map\nopt_clean\n")
+    code, log = yosys(script, gold=component(**options), gate=component(technology="ecp5", **options))
+    assert code == 0, log[-3000:]
+    assert "Equivalence successfully proven!" in log
+    proved = int(log.split("Found ")[-1].split()[0])
+    if component is TableColumns:
+        words = 4 * (options["lanes"] // 4) * 16 * 5 * options["columns"]
+        rows = sum(row.width for row in component(**options).plan.rows) * options["columns"]
+        assert proved >= words + rows
 
 
 def test_a_wrong_carry_cell_is_found(yosys, monkeypatch):
