@@ -615,17 +615,27 @@ class PostUnit(wiring.Component):
         with m.Elif(go & brick_begins):
             m.d.comb += reserve.eq(Mux(wide, 2, 1))
 
-        # What travels along with the accumulators; only whether there is anything needs a reset.
+        # Steps with their accumulators on the way.
         valid: list[Value] = [enters]
-        final: list[Value] = [enters & (step_in_brick == steps - 1) & (sub == Mux(raw, last_sub, 0))]
         for i in range(1, self._SECOND + 1):
-            for line, name in ((valid, "valid"), (final, "final")):
-                stage = Signal(name=f"{name}_{i}")
-                # What has been used has no business behind there: the next instruction may have begun.
-                goes_on = {self._SUM + 1: ~raw, self._CODE + 1: add}.get(i) if line is valid else None
-                m.d.sync += stage.eq(line[-1] if goes_on is None else line[-1] & goes_on)
-                line.append(stage)
-        coded, coded_last = (Mux(add, line[self._SECOND], line[self._CODE]) for line in (valid, final))
+            stage = Signal(name=f"valid_{i}")
+            # What has been used has no business behind there: the next instruction may have begun.
+            goes_on = {self._SUM + 1: ~raw, self._CODE + 1: add}.get(i)
+            m.d.sync += stage.eq(valid[-1] if goes_on is None else valid[-1] & goes_on)
+            valid.append(stage)
+
+        def counted(passing: Value, name: str) -> tuple[Signal, Value]:
+            """Which group of its brick a passing step is, and whether it is the last one; bricks are never cut short.
+
+            Cheaper than to have it travel along.
+            """
+            number = Signal(range(steps), name=name)
+            with m.If(passing):
+                m.d.sync += number.eq(number + 1)
+            return number, passing & (number == steps - 1)
+
+        coded = Mux(add, valid[self._SECOND], valid[self._CODE])
+        _, coded_last = counted(coded, "coded_step")
         coded_r, coded_last_r = Signal(), Signal()
         m.d.sync += [coded_r.eq(coded), coded_last_r.eq(coded_last)]
 
@@ -636,10 +646,12 @@ class PostUnit(wiring.Component):
             if len(self.acc_read.group)
             else 0
         )
-        operand_step = delayed(m, step_in_brick, self._CODE, "operand_step") if steps > 1 else Const(0, 1)
         # The memories' words come two cycles behind their address: it moves on two before the last step.
-        m.d.sync += operand_tail.eq(operand_tail + final[self._CODE - 2])
-        used_up = final[self._CODE - 1]
+        step_read, operand_used = counted(valid[self._CODE - 2], "step_read")
+        operand_step = delayed(m, step_read, 2, "operand_step") if steps > 1 else Const(0, 1)
+        using_up, used_up = Signal(), Signal()
+        m.d.comb += using_up.eq(operand_used | (raw & ends_brick))
+        m.d.sync += [operand_tail.eq(operand_tail + using_up), used_up.eq(using_up)]
         # Second passes begin in one phase, and accumulators enter in the other one.
         assert RequantLane.AGAIN_LATENCY % 2 == 1
         again = Signal()
@@ -736,8 +748,8 @@ class PostUnit(wiring.Component):
 
         # Decided a cycle ahead, as these reach every bit of the output memory.
         push, push_low, push_raw = Signal(), Signal(reset_less=True), Signal()
-        first = coded & coded_last
-        second = coded_r & coded_last_r & wide
+        first = coded_last
+        second = coded_last_r & wide
         m.d.sync += [
             push.eq(Mux(is_pool, tap_last, first | second)),
             push_low.eq(Mux(is_pool, tap_plane, second)),
