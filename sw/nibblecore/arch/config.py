@@ -306,7 +306,7 @@ ARCHS: Final[dict[str, ArchConfig]] = {
             outstanding=2,
             queue_depth=2,
         ),
-        ArchConfig(name="small", lanes=16, columns=16, element="bitplane"),
+        ArchConfig(name="small", lanes=16, columns=16, element="bitplane", weight_depth=1024),
         ArchConfig(
             name="large", lanes=32, columns=32, element="bitplane", act_depth=8192, weight_depth=4096, bus_bits=128
         ),
