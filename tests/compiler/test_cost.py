@@ -17,6 +17,14 @@ def test_a_pass_lasts_at_least_a_weight_tile() -> None:
     assert timing(make(Opcode.MAC, rows=2, cols=2, bricks=4, w_step=16), ARCH).busy == 4 * 16
 
 
+def test_a_tile_of_tables_takes_longer() -> None:
+    tables = ARCH.replace(element="lutram2")
+    small = make(Opcode.MAC, rows=2, cols=2, bricks=4, w_step=16)
+    assert timing(MAC, tables).busy == timing(MAC, ARCH).busy
+    assert timing(small, tables).busy == 4 * 43
+    assert timing(small, tables).lead == 43
+
+
 @pytest.mark.parametrize(("prefetch", "gap"), [(True, 0), (False, 16)])
 def test_macs_follow_each_other(prefetch: bool, gap: int) -> None:
     spans = simulate([MAC, MAC, MAC, make(Opcode.END)], ARCH, CostParameters(mac_prefetch=prefetch))
