@@ -139,9 +139,10 @@ _CELLS: Final[dict[str, dict[str, tuple[str, ...]]]] = {
         "spram": ("ICESTORM_SPRAM",),
         "dsp": ("ICESTORM_DSP",),
     },
-    # An ALU takes the place of a LUT.
+    # An ALU takes the place of a LUT, a RAM16SDP4 those of 8 LUTs and 6 flip-flops; nextpnr counts these places as LUT4
+    # and DFF that are in use.
     "gowin": {
-        "lut": ("LUT4", "ALU"),
+        "lut": ("LUT4",),
         "lutram": ("RAM16SDP4",),
         "bram": ("BSRAM",),
         "spram": (),
