@@ -94,6 +94,7 @@ def test_cycles_are_those_of_the_compiled_layer(arch: str, layer: LayerShape, bi
     expected = sum(timing(i, core).busy + mac_gap(core) for i in macs)
     found = layer_throughput(layer, core, bits=bits)
     assert found.cycles == expected
+    assert found.gap_cycles == len(macs) * mac_gap(core)
     assert found.macs == layer.weights * layer.height * layer.width
     pixels = [(i["rows"] * i["cols"], i["kernel_y"] * i["kernel_x"] * i["bricks"]) for i in macs]
     assert found.cycles - found.lost_cycles == sum(max(p, DEFAULT_COST.acc_hazard) * n for p, n in pixels)
@@ -104,6 +105,7 @@ def test_a_pixel_waits_for_its_weights() -> None:
     found = layer_throughput(shape(height=1, width=1, cin=256, cout=256, kernel=1, padding=0), core)
     # 16 bricks for each of 16 column tiles: as many cycles as columns for each, and the first of each tile unhidden.
     assert (found.cycles, found.lost_cycles) == (16 * 16 * 16 + 16 * 16, 16 * 16 * 12 + 16 * 16)
+    assert found.gap_cycles == 16 * 16
 
 
 def test_grouped_layers_are_refused() -> None:

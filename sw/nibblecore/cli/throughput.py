@@ -17,7 +17,7 @@ def array_figures(arch: ArchConfig) -> dict[str, Any]:
 
     ``lost_per_tile``: cycles by which a weight tile lengthens a pass of a full accumulator bank. ``shortest_pass``:
     cycles of a pass of one pixel. ``networks``: name to ``macs``, ``cycles``, ``lost_cycles`` (of them, to weight
-    loading) and ``first_layer_cycles``.
+    loading), ``gap_cycles`` (of those, between MAC instructions) and ``first_layer_cycles``.
     """
     from ..compiler.cost import free_pass_cycles, pass_cycles
     from ..compiler.throughput import throughput
@@ -30,6 +30,7 @@ def array_figures(arch: ArchConfig) -> dict[str, Any]:
             "macs": found.macs,
             "cycles": found.cycles,
             "lost_cycles": found.lost_cycles,
+            "gap_cycles": found.gap_cycles,
             "first_layer_cycles": found.layers[0].cycles,
         }
     return {
@@ -82,9 +83,17 @@ def _values(found: "Throughput", arch: ArchConfig, network: str, frequency: floa
         "macs": found.macs,
         "cycles": found.cycles,
         "lost_cycles": found.lost_cycles,
+        "gap_cycles": found.gap_cycles,
         "lost_share": found.lost_share,
         "macs_per_second": found.macs_per_second(frequency),
         "layers": [
-            {"name": v.name, "macs": v.macs, "cycles": v.cycles, "lost_cycles": v.lost_cycles} for v in found.layers
+            {
+                "name": v.name,
+                "macs": v.macs,
+                "cycles": v.cycles,
+                "lost_cycles": v.lost_cycles,
+                "gap_cycles": v.gap_cycles,
+            }
+            for v in found.layers
         ],
     }

@@ -32,12 +32,15 @@ class LayerThroughput:
         In which the array works on the layer or waits for weights.
     lost_cycles : int
         Of them, those that would not be there if weights were loaded in no time.
+    gap_cycles : int
+        Of those, what passes between two MAC instructions: the first tile of each is not fetched ahead.
     """
 
     name: str
     macs: int
     cycles: int
     lost_cycles: int
+    gap_cycles: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,10 @@ class Throughput:
     @property
     def lost_cycles(self) -> int:
         return sum(layer.lost_cycles for layer in self.layers)
+
+    @property
+    def gap_cycles(self) -> int:
+        return sum(layer.gap_cycles for layer in self.layers)
 
     @property
     def lost_share(self) -> float:
@@ -103,7 +110,9 @@ def layer_throughput(
     waiting = terms * mac_gap(arch, cost) * len(plan.tiles)
     cycles = packed.passes * sum(pass_cycles(arch, tile.pixels, cost) for tile in plan.tiles) + waiting
     free = packed.passes * sum(free_pass_cycles(arch, tile.pixels, cost) for tile in plan.tiles)
-    return LayerThroughput(name=layer.name, macs=layer.macs, cycles=cycles, lost_cycles=cycles - free)
+    return LayerThroughput(
+        name=layer.name, macs=layer.macs, cycles=cycles, lost_cycles=cycles - free, gap_cycles=waiting
+    )
 
 
 def throughput(layers: Sequence[LayerShape], arch: ArchConfig, *, cost: CostParameters = DEFAULT_COST) -> Throughput:
