@@ -15,9 +15,20 @@ _ATTRIBUTES: Final = ("generator", "top", "src", "amaranth.hierarchy", "amaranth
 _MEMORY_INIT: Final = re.compile(r"  cell \$meminit_v2 .*?\n  end\n", re.DOTALL)
 _FUNCTION: Final = re.compile(r"\\(\$procmux\$\d+) ")
 _NONZERO: Final = re.compile(r"connect \\DATA \d+'[0x]*1")
+_READ_PORT: Final = re.compile(r"  cell \$memrd_v2 .*?\n  end\n", re.DOTALL)
+_CHOICES: Final = re.compile(r"(parameter \\COLLISION_X_MASK \d+')(0+)\n")
 
 
-def to_verilog(component: Any, *, name: str, platform: Any = None) -> str:
+def _spoil(port: re.Match[str]) -> str:
+    """A memory's read port for which a word that is being written is unknown."""
+    text = port.group(0)
+    # One that passes the new word on, or that has no clock, does not have the choice.
+    if not re.search(r"\\TRANSPARENCY_MASK \d+'0+\n", text) or "\\CLK_ENABLE 1\n" not in text:
+        return text
+    return _CHOICES.sub(lambda m: m[1] + "1" * len(m[2]) + "\n", text)
+
+
+def to_verilog(component: Any, *, name: str, platform: Any = None, spoil_collisions: bool = False) -> str:
     """Verilog-2001 text of a component; the same sources give the same text.
 
     Ports are the members of the component's signature, nested ones joined by two underscores, and ``clk`` and ``rst``
@@ -37,6 +48,10 @@ def to_verilog(component: Any, *, name: str, platform: Any = None) -> str:
         Name of its module.
     platform : optional
         Handed to ``elaborate``.
+    spoil_collisions : bool
+        For simulation: a word that a memory reads at the edge at which it is written comes out unknown, where Amaranth
+        defines it as the old word. Block RAM gives the old one, the new one or neither, and our netlists have no logic
+        around it that would change that.
     """
     ports = {
         "__".join(map(str, path)): (
@@ -48,6 +63,8 @@ def to_verilog(component: Any, *, name: str, platform: Any = None) -> str:
     with mock.patch.dict(os.environ, {"AMARANTH_USE_YOSYS": "builtin"}):
         text, _ = rtlil.convert_fragment(Fragment.get(component, platform), ports, name, emit_src=False)
         text = _MEMORY_INIT.sub(lambda m: m.group(0) if _NONZERO.search(m.group(0)) else "", text)
+        if spoil_collisions:
+            text = _READ_PORT.sub(_spoil, text)
         remove = " ".join(f"-remove {attribute}" for attribute in _ATTRIBUTES)
         script = [
             f"read_rtlil <<rtlil\n{text}\nrtlil",

@@ -25,13 +25,15 @@ GENERATED = ("-Wno-ASCRANGE", "-Wno-CASEOVERLAP")
 POWER_UP = ("--x-initial", "unique")
 
 
-def core_verilog(arch: ArchConfig) -> Path:
+def core_verilog(arch: ArchConfig, *, spoil_collisions: bool = False) -> Path:
     """Verilog of the core, module ``nibblecore``, as a file in the cache.
 
     The key is the core's configuration, our sources that describe it and the version of Amaranth: elaborating a large
-    array takes longer than simulating a small network.
+    array takes longer than simulating a small network. For ``spoil_collisions`` see
+    :func:`~nibblecore_hw.verilog.to_verilog`.
     """
-    digest = hashlib.sha256(json.dumps([arch.to_dict(), metadata.version("amaranth")]).encode())
+    what = [arch.to_dict(), metadata.version("amaranth"), *["spoil_collisions"] * spoil_collisions]
+    digest = hashlib.sha256(json.dumps(what).encode())
     for package in (nibblecore.arch, nibblecore_hw):
         root = Path(str(package.__file__)).parent
         for file in sorted(root.rglob("*.py")):
@@ -40,7 +42,7 @@ def core_verilog(arch: ArchConfig) -> Path:
     if not path.exists():
         from nibblecore_hw.top import Accelerator
 
-        text = to_verilog(Accelerator(arch), name="nibblecore")
+        text = to_verilog(Accelerator(arch), name="nibblecore", spoil_collisions=spoil_collisions)
         write_atomically(path, text.encode())
     return path
 
@@ -82,9 +84,11 @@ def build_core(
             optimize=False,
             waves=waves,
         )
-    sources = [core_verilog(arch), *around]
     if simulator == "icarus":
-        return build_icarus(TOP, sources, parameters=parameters, waves=waves)
+        # Which knows unknown values: who uses a word that was read while it was written spreads them.
+        spoilt = core_verilog(arch, spoil_collisions=True)
+        return build_icarus(TOP, [spoilt, *around], parameters=parameters, waves=waves)
+    sources = [core_verilog(arch), *around]
     return build_verilator(TOP, sources, parameters=parameters, flags=(*GENERATED, *POWER_UP), waves=waves)
 
 

@@ -315,8 +315,7 @@ def _player(netlists: Sequence[Netlist]) -> str:
         lines += [
             f"  integer {n.name}_in, {n.name}_out, {n.name}_got;",
             f"  reg [{widths[True] - 1}:0] {n.name}_inputs;",
-            # A carry chain may run from one bit of an output to another one: no loop.
-            f"  wire [{widths[False] - 1}:0] {n.name}_outputs /* verilator lint_off UNOPTFLAT */;",
+            f"  wire [{widths[False] - 1}:0] {n.name}_outputs;",
             "  initial begin",
             f'    {n.name}_in = $fopen("{n.name}.in", "r");',
             f'    {n.name}_out = $fopen("{n.name}.out", "w");',

@@ -67,6 +67,7 @@ class SimTransport(Transport):
         netlist: FpgaDevice | None = None,
     ) -> None:
         self.arch: ArchConfig = arch
+        self._simulator = simulator
         self.memory_bytes = memory_bytes
         self.timed = True
         self.simulated_seconds = 0.0
@@ -172,6 +173,31 @@ class SimTransport(Transport):
             error_last=error_last,
             error_response=error_response,
         )
+
+    def watch_buffers(self) -> None:
+        """Begin to count accesses to the buffers, for :meth:`buffer_accesses`. Only Icarus lets a bench look inside.
+
+        Raises
+        ------
+        ValueError
+            In another simulator, or if a buffer has a single port, whose reads and writes never come together.
+        """
+        if self._simulator != "icarus":
+            raise ValueError(f"accesses to buffers are counted in icarus, not in {self._simulator}")
+        if "single" in (self.arch.act_memory, self.arch.weight_memory):
+            raise ValueError(f"{self.arch.name} has a buffer with a single port")
+        arch = self.arch
+        rows = {"activations": arch.act_depth // arch.act_banks, "weights": arch.weight_depth}
+        ports = {"activations": (3, 2), "weights": (2, 1)}  # of nibblecore_hw.top
+        self._call("watch_buffers", {n: (*ports[n], rows[n].bit_length() - 1) for n in rows})
+
+    def buffer_accesses(self) -> dict[str, int]:
+        """Accesses to all banks since :meth:`watch_buffers`.
+
+        ``reads`` and ``writes``; ``both``, cycles in which a bank did both; ``collisions``, those of the same word.
+        """
+        counts: dict[str, int] = self._call("buffer_accesses")
+        return counts
 
     def close(self) -> None:
         if self._connection is None:

@@ -5,13 +5,14 @@ While it waits for the next call, no simulated time passes; while a program runs
 
 import os
 import time
+from collections import Counter
 from multiprocessing.connection import Client
 from pathlib import Path
 from typing import Any
 
 import cocotb
 from cocotb.clock import Clock
-from cocotb.triggers import ClockCycles, First, RisingEdge, Timer
+from cocotb.triggers import ClockCycles, FallingEdge, First, RisingEdge, Timer
 
 PERIOD_NS = 10
 
@@ -28,6 +29,7 @@ class Tb:
     def __init__(self, dut: Any) -> None:
         self.dut = dut
         self.bus_bytes = int(os.environ["NIBBLECORE_BUS_BYTES"])
+        self.accesses: Counter[str] = Counter()
         for name in INPUTS:
             getattr(dut, name).value = 0
 
@@ -108,6 +110,37 @@ class Tb:
 
     async def violation(self) -> int:
         return int(self.dut.violation.value)
+
+    async def watch_buffers(self, buffers: dict[str, tuple[int, int, int]]) -> None:
+        """Begin to count; ``buffers``: readers and writers of each, and the bits of an address within a bank."""
+        for buffer, (readers, writers, row_bits) in buffers.items():
+            cocotb.start_soon(self._watch(getattr(self.dut.core, buffer), readers, writers, row_bits))
+
+    async def _watch(self, buffer: Any, readers: int, writers: int, row_bits: int) -> None:
+        def granted(ports: list[tuple[Any, Any]]) -> dict[int, int]:
+            """Address by bank. In each, the first one that asks wins."""
+            found: dict[int, int] = {}
+            for valid, addr in ports:
+                if valid.value == 1:
+                    found.setdefault(addr.value.to_unsigned() >> row_bits, addr.value.to_unsigned())
+            return found
+
+        reads, writes = (
+            [(getattr(buffer, f"{kind}__{n}__valid"), getattr(buffer, f"{kind}__{n}__addr")) for n in range(count)]
+            for kind, count in (("reads", readers), ("writes", writers))
+        )
+        while True:
+            # What stands between two rising edges is what counts at the second one.
+            await FallingEdge(self.dut.clk)
+            read, written = granted(reads), granted(writes)
+            both = read.keys() & written.keys()
+            self.accesses["reads"] += len(read)
+            self.accesses["writes"] += len(written)
+            self.accesses["both"] += len(both)
+            self.accesses["collisions"] += sum(read[bank] == written[bank] for bank in both)
+
+    async def buffer_accesses(self) -> dict[str, int]:
+        return dict(self.accesses)
 
 
 @cocotb.test()
