@@ -66,3 +66,8 @@ def test_a_program_out_of_order_is_refused() -> None:
     small = ARCH.replace(semaphore_bits=2)
     with pytest.raises(ValueError, match=r"^instruction 3 overflows the semaphore towards STORE$"):
         simulate([load] * 4 + [store] * 4 + [make(Opcode.END)], small)
+
+
+def test_records_hold_up_tiles_that_take_more_than_half_of_their_pass() -> None:
+    macs = [make(Opcode.MAC, rows=1, cols=n, bricks=36, w_step=16) for n in (16, 24, 32)]
+    assert [timing(mac, ARCH).gap for mac in macs] == [ARCH.param_words, 5, 0]

@@ -67,7 +67,7 @@ class CostParameters:
     fetch_start: int = 6
     fetch_interval: int = 3
     mac_start: int = 4
-    mac_prefetch: bool = False
+    mac_prefetch: bool = True
     mac_drain: int = 13
     mac_drain_dsp: int = 4
     acc_hazard: int = 4
@@ -112,6 +112,16 @@ def mac_gap(arch: ArchConfig, cost: CostParameters = DEFAULT_COST) -> int:
     return 0 if cost.mac_prefetch else tile_cycles(arch)
 
 
+def record_cycles(arch: ArchConfig, pixels: int, cost: CostParameters = DEFAULT_COST) -> int:
+    """Cycles that a MAC whose passes have ``pixels`` pixels waits while the records of a POST are read.
+
+    Their words take every second cycle of the port over which weight tiles come; a tile that needs less than half of
+    its pass does not notice.
+    """
+    share = tile_cycles(arch) / pass_cycles(arch, pixels, cost)
+    return max(0, round(arch.param_words * (2 * share - 1)))
+
+
 def drain_cycles(arch: ArchConfig, pixels: int, bricks: int, mode: int, add_words: int) -> int:
     """Cycles of POST for ``pixels`` pixels without start and end; ``add_words`` are read per pixel and brick.
 
@@ -145,7 +155,8 @@ def timing(i: Instruction, arch: ArchConfig, cost: CostParameters = DEFAULT_COST
         idle = pass_cycles(arch, pixels, cost) - pixels  # behind the last pixel of the last pass
         late = cost.mac_drain_dsp if arch.paired_columns else 0
         tail = cost.mac_drain + late + arch.columns // arch.post_lanes - 2 - idle
-        return Timing(max(cost.mac_start, tile_cycles(arch)), busy, tail, mac_gap(arch, cost))
+        gap = mac_gap(arch, cost) + record_cycles(arch, pixels, cost)
+        return Timing(max(cost.mac_start, tile_cycles(arch)), busy, tail, gap)
     if i.opcode is Opcode.POST:
         add_words = i["add"] * (1 + i["add_wide"])
         busy = drain_cycles(arch, i["rows"] * i["cols"], i["bricks"], i["mode"], add_words)
