@@ -51,22 +51,62 @@ def records(rng: random.Random) -> list[tuple[int, int, int, int]]:
 def test_requantizer(bench: Any) -> None:
     rng = random.Random(1)
     rows: list[dict[str, int]] = []
-    wanted: list[tuple[int, int]] = []
-    once = dict.fromkeys(("add", "again", "b", "first_low", "first_high", "zero_b"), 0)  # one pass through the lane
+    wanted: list[tuple[int, dict[str, int]]] = []
+    behind = RequantLane.RECORD_LATENCY
     for zero, low, high in ((0, -128, 127), (3, -8, 7), (-128, -128, 127), (127, 0, 0)):
         constant = {"zero": zero, "low": low, "high": high}
-        for acc, bias, mult, shift in records(rng):
-            wanted.append((len(rows), RequantLane.model(acc=acc, bias=bias, mult=mult, shift=shift, **constant)))
-            rows.append({"acc": acc, "bias": bias, "mult": mult, "shift": shift, **once, **constant})
-        # These have to stand until the code is there.
-        rows += [{"acc": 0, "bias": 0, "mult": 0, "shift": 1, **once, **constant}] * RequantLane.LATENCY
-    # Records follow their accumulators.
-    late = [row | {k: before[k] for k in ("bias", "mult", "shift")} for before, row in itertools.pairwise(rows)]
-    assert RequantLane.RECORD_LATENCY == 1
-    outputs = bench.play("requantizer", [rows[0], *late])
-    for row, want in wanted:
-        got = as_code(outputs[row + RequantLane.LATENCY]["code"])
-        assert got == want, f"{rows[row]} gives {got}, not {want}"
-    codes = {want for _, want in wanted}
+        found = records(rng)
+        # Zero point and clamp have to stand until the last code is there.
+        part = [{"shift": 1, **constant} for _ in range(len(found) + RequantLane.LATENCY)]
+        for n, (acc, bias, mult, shift) in enumerate(found):
+            part[n]["acc"] = acc
+            part[n + behind] |= {"bias": bias, "mult": mult, "shift": shift}
+            wanted.append((len(rows) + n, {"acc": acc, "bias": bias, "mult": mult, "shift": shift, **constant}))
+        rows += part
+    outputs = bench.play("requantizer", [*rows, {}])
+    codes = set()
+    for row, arguments in wanted:
+        want, got = RequantLane.model(**arguments), as_code(outputs[row + RequantLane.LATENCY]["code"])
+        assert got == want, f"{arguments} gives {got}, not {want}"
+        codes.add(want)
     assert {-128, 127, -8, 7} < codes
     assert len(codes) > 240
+
+
+def test_second_pass_adds_a_stored_code(bench: Any) -> None:
+    rng = random.Random(2)
+    second, latency = RequantLane.AGAIN_LATENCY, RequantLane.AGAIN_LATENCY + RequantLane.LATENCY
+    rows: list[dict[str, int]] = []
+    wanted = []
+    for n, extreme in itertools.product(
+        range(numerics.ADD_SHIFT_MIN, numerics.ADD_SHIFT_MAX + 1), (-32768, 32767, 2, None)
+    ):
+        zero_a, zero_b, zero = rng.choice((-128, 0, 127)), rng.randint(-128, 127), rng.randint(-128, 127)
+        k_a = rng.randint(-32768, 32767) if extreme is None else extreme
+        k_b = rng.choice((32767, -32768, 1 << min(n - 1, 14), rng.randint(-32768, 32767)))
+        low, high = rng.choice(((-128, 127), (-8, 7)))
+        pairs = [*itertools.product((-128, -1, 0, 127), repeat=2)]
+        pairs += [(rng.randint(-128, 127), rng.randint(-128, 127)) for _ in range(12)]
+        stand = {"add": 1, "zero": zero, "low": low, "high": high, "zero_b": zero_b, "first_low": -128 - zero_a,
+                 "first_high": 127 - zero_a}  # fmt: skip
+        # What nobody looks at is garbage. Accumulators in even cycles, second passes in odd ones.
+        part = [
+            {**stand, "acc": rng.randint(-(1 << 23), (1 << 23) - 1), "b": rng.randint(-128, 127), "shift": 1,
+             "bias": 0, "mult": 2, "again": cycle % 2 == second % 2}
+            for cycle in range(2 * len(pairs) + latency)
+        ]  # fmt: skip
+        for cycle in range(second + 1, len(part), 2):
+            part[cycle] |= {"bias": (k_b & 0xFFFF) | (k_a & 0xFFFF) << 16, "shift": n + 16, "mult": rng.randint(0, 99)}
+        for place, (a, b) in enumerate(pairs):
+            part[2 * place]["acc"] = a - zero_a
+            part[2 * place + second + 1]["b"] = b
+            wanted.append((len(rows) + 2 * place + latency, RequantLane.model_add(
+                a, b, zero_a=zero_a, zero_b=zero_b, k_a=k_a, k_b=k_b, n=n, zero=zero, low=low, high=high
+            )))  # fmt: skip
+        rows += part
+        rows += [part[-1]] * (len(part) % 2)
+    outputs = bench.play("requantizer", [*rows, {}])
+    for row, want in wanted:
+        got = as_code(outputs[row]["code"])
+        assert got == want, f"cycle {row}: {got}, not {want}"
+    assert len({want for _, want in wanted}) > 200
