@@ -25,6 +25,7 @@ def build_part(part: str, arch: ArchConfig, *, technology: str) -> Any:
     from .core.mac import MacEngine
     from .core.post import PostUnit
     from .core.requantize import RequantLane
+    from .core.sequential import SequentialMac
     from .ctrl.control import Control
     from .ctrl.sequential import SequentialControl
     from .dma.load import LoadDma
@@ -37,10 +38,12 @@ def build_part(part: str, arch: ArchConfig, *, technology: str) -> Any:
             return Accelerator(arch, technology=technology)
         case "array":
             return SystolicArray(arch, technology=technology)
+        case "mac" if arch.sequential:
+            return SequentialMac(arch)
         case "mac":
             return MacEngine(arch, technology=technology)
         case "post":
-            return PostUnit(arch)
+            return PostUnit(arch, held=arch.sequential)
         case "requantizer":
             return RequantLane(acc_bits=arch.acc_bits)
         case "load" | "store" if arch.sequential:

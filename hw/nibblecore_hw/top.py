@@ -25,6 +25,7 @@ from nibblecore.arch.isa import Engine
 
 from .core.mac import MacEngine
 from .core.post import PostUnit
+from .core.sequential import SequentialMac
 from .ctrl.control import Control
 from .ctrl.sequential import SequentialControl
 from .dma.axi import FETCH_ID, AxiReadArbiter
@@ -98,7 +99,8 @@ class Accelerator(wiring.Component):
         control_type = SequentialControl if arch.sequential else Control
         m.submodules.control = control = control_type(arch=arch, axi_id=FETCH_ID)
         fresh = ResetInserter(control.core_reset)
-        mac, post = MacEngine(arch, technology=self.technology), PostUnit(arch)
+        mac = SequentialMac(arch) if arch.sequential else MacEngine(arch, technology=self.technology)
+        post = PostUnit(arch, held=arch.sequential)
         m.submodules.mac = fresh(mac)
         m.submodules.post = fresh(post)
         m.submodules.arbiter = arbiter = AxiReadArbiter(arch=arch)

@@ -50,6 +50,17 @@ def config(**changes: object) -> ArchConfig:
                 "columns=16 in 2..8, not 16"
             ),
         ),
+        (
+            {"queue_depth": 0, "element": "generic"},
+            "queue_depth=0 finishes one column at a time: post_lanes must be 1, not 4",
+        ),
+        (
+            {"queue_depth": 0, "lanes": 8, "columns": 8, "bus_bits": 32, "post_lanes": 1, "element": "bitplane"},
+            (
+                "queue_depth=0 has one element, which computes column after column: element must be 'generic', not "
+                "'bitplane', dsp_columns 0, not 0, and columns at least 2, not 8"
+            ),
+        ),
         ({"queue_depth": 1}, "queue_depth must be 0 or a power of two in 2..64, not 1"),
         (
             {"queue_depth": 0, "bus_bits": 32, "burst_beats": 4},

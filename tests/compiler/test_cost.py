@@ -34,7 +34,7 @@ def test_macs_follow_each_other(prefetch: bool, gap: int) -> None:
 def test_transfers_count_beats_and_bursts() -> None:
     assert transfer_cycles(ARCH, 1, 100) == 100
     assert transfer_cycles(ARCH, 10, 1) == 20  # an address every second cycle
-    assert transfer_cycles(get_arch("tiny"), 1, 100) == 100
+    assert transfer_cycles(ARCH.replace(lanes=8, columns=8, bus_bits=32), 1, 100) == 100
     assert transfer_cycles(ARCH.replace(bus_bits=128), 1, 100) == 50
 
 
@@ -47,7 +47,9 @@ def test_post_is_bound_by_lanes_or_words() -> None:
 
 
 def test_single_port_memories_slow_the_array() -> None:
-    tiny = get_arch("tiny")
+    tiny = get_arch("small").replace(
+        lanes=8, columns=4, post_lanes=2, bus_bits=32, act_banks=1, act_memory="single", weight_memory="single"
+    )
     load = make(Opcode.LOAD, target=LoadTarget.ACTIVATIONS, region=Region.INPUT, count0=500)
     mac = make(Opcode.MAC, rows=8, cols=8, bricks=8, kernel_y=3, kernel_x=3, w_step=4)
     assert stolen_words(load, tiny, 64) == 500
@@ -66,6 +68,18 @@ def test_a_program_out_of_order_is_refused() -> None:
     small = ARCH.replace(semaphore_bits=2)
     with pytest.raises(ValueError, match=r"^instruction 3 overflows the semaphore towards STORE$"):
         simulate([load] * 4 + [store] * 4 + [make(Opcode.END)], small)
+
+
+def test_without_queues_everything_takes_its_turn() -> None:
+    tiny = get_arch("tiny")
+    load = make(Opcode.LOAD, target=LoadTarget.ACTIVATIONS, region=Region.INPUT, count0=20, count1=3)
+    mac = make(Opcode.MAC, rows=4, cols=5, bricks=2, kernel_y=3, kernel_x=3, w_step=8)
+    cost = CostParameters(read_latency=10)
+    assert timing(load, tiny, cost).busy == 3 * (20 + 3 * (10 + 3))  # three bursts of at most 8 words to a row
+    assert timing(mac, tiny, cost).busy == 18 * 20 * tiny.columns
+    spans = simulate([load, mac, load, mac, make(Opcode.END)], tiny, cost)
+    assert all(b.start >= a.done + 10 for a, b in itertools.pairwise(spans[:4]))
+    assert stolen_words(load, tiny, 64) == 0
 
 
 def test_records_hold_up_tiles_that_take_more_than_half_of_their_pass() -> None:

@@ -127,6 +127,15 @@ class ArchConfig:
                 f"queue_depth=0 moves a word per beat and an instruction per burst: bus_bits must be {self.word_bits}, "
                 f"not {self.bus_bits}, and burst_beats at least {-(-256 // self.word_bits)}, not {self.burst_beats}"
             )
+        if self.sequential and self.post_lanes != 1:
+            raise ConfigError(
+                f"queue_depth=0 finishes one column at a time: post_lanes must be 1, not {self.post_lanes}"
+            )
+        if self.sequential and (self.element != "generic" or self.dsp_columns or self.columns < 2):
+            raise ConfigError(
+                f"queue_depth=0 has one element, which computes column after column: element must be 'generic', not "
+                f"{self.element!r}, dsp_columns 0, not {self.dsp_columns}, and columns at least 2, not {self.columns}"
+            )
         self._check_range("acc_bits", 24, 32)
         self._check_range("addr_bits", 16, 64)
         self._check_range("semaphore_bits", 2, 8)
@@ -235,7 +244,8 @@ class ArchConfig:
 
     @property
     def macs_per_cycle(self) -> int:
-        return self.lanes * self.columns * self.pixels
+        """Products per cycle; without queues, columns take turns."""
+        return self.lanes * self.pixels * (1 if self.sequential else self.columns)
 
     @property
     def paired_columns(self) -> int:
@@ -293,18 +303,21 @@ ARCHS: Final[dict[str, ArchConfig]] = {
         ArchConfig(
             name="tiny",
             lanes=8,
-            columns=4,
-            acc_depth=256,
-            post_lanes=2,
+            columns=8,
+            acc_depth=128,
+            post_lanes=1,
             act_depth=16384,
             act_banks=1,
             act_memory="single",
             weight_depth=16384,
             weight_memory="single",
             bus_bits=32,
-            burst_beats=16,
-            outstanding=2,
-            queue_depth=2,
+            addr_bits=24,
+            burst_beats=8,
+            outstanding=1,
+            queue_depth=0,
+            semaphore_bits=2,
+            counters=False,
         ),
         ArchConfig(name="small", lanes=16, columns=16, element="bitplane", weight_depth=1024),
         ArchConfig(

@@ -57,6 +57,8 @@ class CostParameters:
         Before the first beat of a STORE; behind its last response.
     store_word : int
         Per word of a STORE, in a core without queues.
+    sequential_drain : int
+        From a MAC's last word to its done pulse, in a core without queues.
     read_latency, write_latency : int
         Of the memory: from an address to its first beat; from the last beat of a write to its response.
     burst_interval : int
@@ -81,6 +83,7 @@ class CostParameters:
     store_start: int = 9
     store_end: int = 1
     store_word: int = 6
+    sequential_drain: int = 6
     read_latency: int = 20
     write_latency: int = 20
     burst_interval: int = 2
@@ -103,13 +106,15 @@ def pass_cycles(arch: ArchConfig, pixels: int, cost: CostParameters = DEFAULT_CO
 
 def free_pass_cycles(arch: ArchConfig, pixels: int, cost: CostParameters = DEFAULT_COST) -> int:
     """:func:`pass_cycles` if weights were loaded in no time: what is more is lost to loading."""
+    if arch.sequential:
+        return pixels * arch.columns  # which take turns, with weights that are read for every pixel
     # Elements that take pixels in pairs do not mix those of two passes.
     return max(pixels + (pixels % 2 if arch.paired_columns else 0), cost.acc_hazard)
 
 
 def mac_gap(arch: ArchConfig, cost: CostParameters = DEFAULT_COST) -> int:
     """Cycles between the last pixel's slot of one MAC and the first pixel of the next."""
-    return 0 if cost.mac_prefetch else tile_cycles(arch)
+    return 0 if cost.mac_prefetch or arch.sequential else tile_cycles(arch)
 
 
 def record_cycles(arch: ArchConfig, pixels: int, cost: CostParameters = DEFAULT_COST) -> int:
@@ -149,6 +154,9 @@ class Timing:
 
 def timing(i: Instruction, arch: ArchConfig, cost: CostParameters = DEFAULT_COST) -> Timing:
     """Cycles of one instruction on an otherwise idle core."""
+    if i.opcode is Opcode.MAC and arch.sequential:
+        passes = i["kernel_y"] * i["kernel_x"] * i["bricks"]
+        return Timing(1, passes * pass_cycles(arch, i["rows"] * i["cols"], cost), cost.sequential_drain)
     if i.opcode is Opcode.MAC:
         pixels, passes = i["rows"] * i["cols"], i["kernel_y"] * i["kernel_x"] * i["bricks"]
         busy = passes * pass_cycles(arch, pixels, cost)
@@ -214,6 +222,8 @@ def stolen_words(i: Instruction, arch: ArchConfig, pixels: int) -> float:
     buffer; one lost column per word of weights, where a pass leaves no slack. Dual-port banks lose next to nothing, as
     the allocator keeps apart what is read at one time.
     """
+    if arch.sequential:
+        return 0.0
     if i.opcode is Opcode.LOAD and i["target"] == LoadTarget.WEIGHTS:
         slack = min(1.0, arch.columns / max(1, pixels))
         return i["count0"] * slack if arch.weight_memory == "single" else 0.0
