@@ -134,6 +134,8 @@ class Accelerator(wiring.Component):
             connect(m, client, port)
         for client, port in zip((post.params, mac.w), weights.reads, strict=True):
             connect(m, client, port)
+        if not arch.sequential:
+            m.d.comb += mac.w_ready_next.eq(weights.last_ready_next)
         connect(m, dma.weights, weights.writes[0])
         m.d.comb += post.params_wanted.eq(mac.w.valid)
         connect(m, post.acc_read, mac.acc_read)

@@ -68,6 +68,9 @@ def test_random_accesses(kind: str, banks: int, parts: int, seed: int) -> None:
                 won_r[last] = bank(reads[last][1]) not in taken_banks
                 granted = [a for (v, a), won in zip(reads[:last], won_r[:last], strict=True) if v and won]
                 taken_banks, read_next = set(map(bank, granted)), set(granted)
+                free_next = sum(1 << b for b in range(banks) if b not in taken_banks)
+            else:
+                free_next = 0
             for port, (valid, addr, data, mask) in zip(dut.writes, writes, strict=True):
                 ctx.set(port.valid, valid)
                 ctx.set(port.addr, addr)
@@ -80,6 +83,7 @@ def test_random_accesses(kind: str, banks: int, parts: int, seed: int) -> None:
             assert [ctx.get(p.ready) for p in dut.reads] == won_r, note
             conflicts = sum((v and not won) << i for i, ((v, _), won) in enumerate(zip(reads, won_r, strict=True)))
             assert ctx.get(dut.conflicts) == conflicts, note
+            assert ctx.get(dut.last_ready_next) == free_next, note
             part_bits = dut.word_bits // parts
             for (valid, addr, data, mask), won in zip(writes, won_w, strict=True):
                 if valid and won:

@@ -83,7 +83,7 @@ def run(
                         "first": {n: payload.first[n] for n in names},
                         "last": {n: payload.last[n] for n in names},
                     }
-                    | ({"tag": payload.tag} if "tag" in dict(payload.shape()) else {})
+                    | {n: payload[n] for n in dict(payload.shape()) if n == "tag" or n.endswith(("inner", "outer"))}
                 )
                 step_cycles.append(cycle)
             if len(steps) >= expected and cycle > step_cycles[-1] + 20:
@@ -100,9 +100,16 @@ def run(
 def test_steps_equal_the_model(kind: str, seed: int) -> None:
     rng = random.Random(f"{kind}-{seed}")
     loops, tag_bits = NESTS[kind]
-    nest = LoopNest(loops=loops, tag_bits=tag_bits)
+    nest = LoopNest(loops=loops, tag_bits=tag_bits, inner=seed % len(loops))
     jobs = [random_job(rng, nest) for _ in range(12)]
     steps, _, _ = run(nest, jobs, rng=rng if seed % 2 else None, gap=seed == 3)
+    if seed % len(loops):
+        for step in steps:
+            joint = {name: step.pop(name) for name in ("first_inner", "last_inner", "first_outer", "last_outer")}
+            for name in ("first", "last"):
+                flags = list(step[name].values())
+                assert joint[f"{name}_inner"] == all(flags[: seed % len(loops)]), f"{kind} seed={seed}"
+                assert joint[f"{name}_outer"] == all(flags[seed % len(loops) :]), f"{kind} seed={seed}"
     assert steps == [step for job in jobs for step in nest.model(loops, job)], f"{kind} seed={seed}"
 
 
@@ -143,6 +150,8 @@ def test_errors() -> None:
         Loop(name="a", count_bits=1, axis="x")
     with refuses("loops must hold at least one loop"):
         LoopNest(loops=())
+    with refuses("inner must be in 0..0, not 1"):
+        LoopNest(loops=(Loop(name="a", count_bits=1),), inner=1)
     with refuses("loops must have distinct names, and 'a' occurs 2 times"):
         LoopNest(loops=(Loop(name="a", count_bits=1), Loop(name="a", count_bits=2)))
 

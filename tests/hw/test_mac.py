@@ -178,10 +178,14 @@ def run(
     def buffer(port: Any, words: list[int], stall: float) -> Any:
         async def serve(ctx: Any) -> None:
             under_way: list[int | None] = [None] * LAST_READ_LATENCY
+            ready_next = True
             while True:
                 arrived = under_way.pop()
                 ctx.set(port.data, rng.getrandbits(arch.word_bits) if arrived is None else words[arrived])
-                ctx.set(port.ready, rng.random() >= stall)
+                ready_now, ready_next = ready_next, rng.random() >= stall
+                ctx.set(port.ready, ready_now)
+                if port is engine.w:
+                    ctx.set(engine.w_ready_next, ready_next)
                 _, _, valid, ready, addr = await ctx.tick().sample(port.valid, port.ready, port.addr)
                 under_way.insert(0, addr if valid and ready else None)
 

@@ -108,14 +108,18 @@ def job_layout(loops: Sequence[Loop], *, tag_bits: int = 0) -> data.StructLayout
     return data.StructLayout(members)
 
 
-def step_layout(loops: Sequence[Loop], *, tag_bits: int = 0) -> data.StructLayout:
+def step_layout(loops: Sequence[Loop], *, tag_bits: int = 0, inner: int = 0) -> data.StructLayout:
     """What a nest says at every step.
 
     ``addr`` modulo 2**16; ``inside``: both coordinates are valid (always 1 without axes); ``first.<loop>``,
-    ``last.<loop>``: this loop is in its first or last iteration, whatever the others are; ``tag`` of the job.
+    ``last.<loop>``: this loop is in its first or last iteration, whatever the others are; ``tag`` of the job. With
+    ``inner``, ``first_inner``, ``last_inner``: so are all of that many innermost loops; ``first_outer``,
+    ``last_outer``: all others.
     """
     flags = data.StructLayout({loop.name: unsigned(1) for loop in loops})
     members: dict[str, Any] = {"addr": unsigned(LOCAL_ADDR_BITS), "inside": unsigned(1), "first": flags, "last": flags}
+    if inner:
+        members |= {name: unsigned(1) for name in ("first_inner", "last_inner", "first_outer", "last_outer")}
     if tag_bits:
         members["tag"] = unsigned(tag_bits)
     return data.StructLayout(members)
@@ -167,6 +171,8 @@ class LoopNest(wiring.Component):
         Innermost first, with distinct names.
     tag_bits : int
         Width of the job's ``tag``, 0 for none.
+    inner : int
+        Innermost loops that the joint flags of a step are about, 0 for no such flags.
     held : bool
         Whoever gives a job keeps its payload until the last step has been taken, and gives no other one before: so no
         field is copied.
@@ -175,12 +181,12 @@ class LoopNest(wiring.Component):
     -------
     job : In(stream.Signature(job_layout(loops, tag_bits=tag_bits)))
         The payload must stay while ``valid`` and not ``ready``, as in any stream.
-    o : Out(stream.Signature(step_layout(loops, tag_bits=tag_bits)))
+    o : Out(stream.Signature(step_layout(loops, tag_bits=tag_bits, inner=inner)))
 
     Raises
     ------
     ValueError
-        If there is no loop, or two have the same name.
+        If there is no loop, two have the same name, or ``inner`` is not less than their number.
     """
 
     LATENCY = 4
@@ -189,20 +195,23 @@ class LoopNest(wiring.Component):
     job: Any
     o: Any
 
-    def __init__(self, *, loops: Sequence[Loop], tag_bits: int = 0, held: bool = False) -> None:
+    def __init__(self, *, loops: Sequence[Loop], tag_bits: int = 0, inner: int = 0, held: bool = False) -> None:
         names = [loop.name for loop in loops]
         if not names:
             raise ValueError("loops must hold at least one loop")
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"loops must have distinct names, and {name!r} occurs {names.count(name)} times")
+        if not 0 <= inner < len(names):
+            raise ValueError(f"inner must be in 0..{len(names) - 1}, not {inner}")
         self._loops = tuple(loops)
+        self._inner = inner
         self._tag_bits = tag_bits
         self._held = held
         super().__init__(
             {
                 "job": In(stream.Signature(job_layout(loops, tag_bits=tag_bits))),
-                "o": Out(stream.Signature(step_layout(loops, tag_bits=tag_bits))),
+                "o": Out(stream.Signature(step_layout(loops, tag_bits=tag_bits, inner=inner))),
             }
         )
 
@@ -233,7 +242,11 @@ class LoopNest(wiring.Component):
         counts_valid = Signal()
         begins = Signal()
         taken = Signal()
-        load = Signal()
+        offered = Signal()
+        # What comes next in stage 0 is a job's first step: this one is the last one of its job, or there is none. As a
+        # register, because it reaches every bit of the stage.
+        from_job = Signal(init=1)
+        ends_next = Signal(len(loops))
         hit = Signal(len(loops), reset_less=True)
         reach = Signal(len(loops), reset_less=True)
         first = Signal(len(loops), reset_less=True)
@@ -249,10 +262,19 @@ class LoopNest(wiring.Component):
         roll = Signal(len(loops) + 1)
         m.d.comb += [
             roll.eq(Cat(1, *(last[: level + 1].all() for level in levels))),
-            load.eq(self.job.valid & ~taken & (~counts_valid | (moves_on & roll[-1]))),
+            offered.eq(self.job.valid & ~taken),
+            ends_next.eq(
+                Cat(
+                    Mux(roll[level], Mux(last[level], single[level], left[level] == 1), last[level]) for level in levels
+                )
+            ),
         ]
-        with m.If(load):
-            m.d.sync += [counts_valid.eq(1), begins.eq(1), taken.eq(1), hit.eq(0), reach.eq(~0), first.eq(~0)]
+        # Behind the last step these take a job's fields whether one is there or not, as that is known later.
+        with m.If(from_job & (moves_on | ~counts_valid)):
+            m.d.sync += [counts_valid.eq(offered), begins.eq(1), hit.eq(0), reach.eq(~0), first.eq(~0)]
+            m.d.sync += from_job.eq(~offered | Cat(job[f"count_{loop.name}"] == 0 for loop in loops).all())
+            with m.If(offered):
+                m.d.sync += taken.eq(1)
             for level, loop in enumerate(loops):
                 count = job[f"count_{loop.name}"]
                 if not self._held:
@@ -263,7 +285,7 @@ class LoopNest(wiring.Component):
                     last[level].eq(count == 0),
                 ]
         with m.Elif(moves_on):
-            m.d.sync += [counts_valid.eq(counts_valid & ~roll[-1]), begins.eq(0)]
+            m.d.sync += [begins.eq(0), from_job.eq(ends_next.all())]
             for level in levels:
                 m.d.sync += [hit[level].eq(roll[level] & ~last[level]), reach[level].eq(roll[level])]
                 with m.If(roll[level]):
@@ -279,6 +301,7 @@ class LoopNest(wiring.Component):
         # Stage 1 chooses what to add. These fields are taken as the first step of the job, which adds nothing, passes.
         choice_valid = Signal()
         choice_begins = Signal()
+        choice_starts = Signal()  # choice_valid & choice_begins
         choice_hit = Signal.like(hit)
         choice_reach = Signal.like(reach)
         choice_first = Signal.like(first)
@@ -289,6 +312,7 @@ class LoopNest(wiring.Component):
             m.d.sync += [
                 choice_valid.eq(counts_valid),
                 choice_begins.eq(begins),
+                choice_starts.eq(counts_valid & begins),
                 choice_hit.eq(hit),
                 choice_reach.eq(reach),
                 choice_first.eq(first),
@@ -300,7 +324,7 @@ class LoopNest(wiring.Component):
         total_first = Signal.like(first)
         total_last = Signal.like(last)
         release = Signal()
-        m.d.comb += [release.eq(moves_on & choice_valid & choice_begins), self.job.ready.eq(release)]
+        m.d.comb += [release.eq(moves_on & choice_starts), self.job.ready.eq(release)]
         with m.If(release):
             m.d.sync += taken.eq(0)
         with m.If(moves_on):
@@ -350,6 +374,13 @@ class LoopNest(wiring.Component):
             return result
 
         found = Signal(self.o.payload.shape())
+        if self._inner:
+            for name, flags in (("first", choice_first), ("last", choice_last)):
+                for where, part in (("inner", flags[: self._inner]), ("outer", flags[self._inner :])):
+                    flag = Signal(name=f"total_{name}_{where}")
+                    with m.If(moves_on):
+                        m.d.sync += flag.eq(part.all())
+                    m.d.comb += found[f"{name}_{where}"].eq(flag)
         address = running_sum(
             "address",
             LOCAL_ADDR_BITS,

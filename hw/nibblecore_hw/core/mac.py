@@ -69,9 +69,12 @@ class MacEngine(wiring.Component):
     busy : Out(1)
         An instruction is offered or unfinished.
     x : Out(read_port(...))
-        Reads of the activation buffer, at its last port. ``valid`` depends combinationally on ``w.ready``.
+        Reads of the activation buffer, at its last port. Where the weight memory is ``single``, ``valid`` depends
+        combinationally on ``w.ready``.
     w : Out(read_port(...))
         Reads of the weight buffer, at its last port.
+    w_ready_next : In(1)
+        ``w.ready`` of the next cycle; only looked at where the weight memory is ``dual``.
     acc_read : In(acc_read_port(arch))
         Drain of a bank that no unfinished instruction writes.
     mac_weights, mac_bank, mac_active : Out(1)
@@ -91,6 +94,7 @@ class MacEngine(wiring.Component):
     busy: Signal
     x: Any
     w: Any
+    w_ready_next: Signal
     acc_read: Any
     mac_weights: Signal
     mac_bank: Signal
@@ -109,6 +113,7 @@ class MacEngine(wiring.Component):
                 "busy": Out(1),
                 "x": Out(read_port(addr_bits=ceil_log2(arch.act_depth), word_bits=arch.word_bits)),
                 "w": Out(read_port(addr_bits=ceil_log2(arch.weight_depth), word_bits=arch.word_bits)),
+                "w_ready_next": In(1),
                 "acc_read": In(acc_read_port(arch)),
                 "mac_weights": Out(1),
                 "mac_bank": Out(1),
@@ -139,7 +144,7 @@ class MacEngine(wiring.Component):
     def elaborate(self, platform: Any) -> Module:
         m = Module()
         arch = self._arch
-        m.submodules.nest = nest = LoopNest(loops=LOOPS, tag_bits=_TAG.size)
+        m.submodules.nest = nest = LoopNest(loops=LOOPS, tag_bits=_TAG.size, inner=2)
         m.submodules.array = array = self._array
         m.submodules.accumulators = accumulators = self._accumulators
         instruction = data.View(instruction_layout(Opcode.MAC), self.command.payload)
@@ -173,15 +178,14 @@ class MacEngine(wiring.Component):
         pause = Signal(range(self.HAZARD))
         pausing = Signal()
         is_short = Signal(init=1)
-        may_begin_pass = Signal()
+        may_begin_pass = Signal()  # tile_there & ~pausing
         may_enter = Signal()
         enters = Signal()
         m.d.comb += [
-            pass_begins.eq(step.first.ox & step.first.oy),
-            pass_ends.eq(step.last.ox & step.last.oy),
-            first_pass.eq(step.first.brick & step.first.kx & step.first.ky),
-            last_pass.eq(step.last.brick & step.last.kx & step.last.ky),
-            may_begin_pass.eq(tile_there & ~pausing),
+            pass_begins.eq(step.first_inner),
+            pass_ends.eq(step.last_inner),
+            first_pass.eq(step.first_outer),
+            last_pass.eq(step.last_outer),
             may_enter.eq(~pass_begins | may_begin_pass),
             self.x.addr.eq(step.addr),
             self.x.valid.eq(nest.o.valid & step.inside & may_enter),
@@ -189,28 +193,33 @@ class MacEngine(wiring.Component):
             enters.eq(nest.o.valid & nest.o.ready),
             self.mac_active.eq(enters),
             self.mac_bank.eq(self.x.valid & ~self.x.ready),
-            self.mac_weights.eq(nest.o.valid & pass_begins & ~tile_there & ~pausing),
+            self.mac_weights.eq(nest.o.valid & pass_begins & ~may_begin_pass & ~pausing),
         ]
         # A pixel that has no partner when the next pass begins would be lost to elements that take pairs. They count
         # from the first pixel of a pass, as `second` does.
         second = Signal()
         m.d.sync += second.eq(~second | (enters & pass_begins))
         pixel = Signal(ceil_log2(arch.acc_depth))
+        pausing_next = Signal()
+        m.d.comb += pausing_next.eq(pausing & (pause != 1))
+        m.d.sync += pausing.eq(pausing_next)
         with m.If(pausing):
-            m.d.sync += [pause.eq(pause - 1), pausing.eq(pause != 1)]
+            m.d.sync += pause.eq(pause - 1)
         with m.If(enters):
             m.d.sync += [pixel.eq(pixel + 1), is_short.eq(is_short & (pixel != self.HAZARD - 2))]
             with m.If(pass_ends):
                 m.d.sync += [pixel.eq(0), is_short.eq(1)]
                 with m.If(is_short):
-                    m.d.sync += [pause.eq(self.HAZARD - 1 - pixel), pausing.eq(1)]
+                    m.d.sync += pause.eq(self.HAZARD - 1 - pixel)
+                    m.d.comb += pausing_next.eq(1)
                 if arch.paired_columns:
                     with m.Elif(~second):
-                        m.d.sync += [pause.eq(1), pausing.eq(1)]
+                        m.d.sync += pause.eq(1)
+                        m.d.comb += pausing_next.eq(1)
 
         # Weight feeder: as soon as a tile is in use, it fetches the next, be it of the next instruction.
         fetches = Signal()  # words of a tile are being asked for
-        complete = Signal()  # a whole tile waits for its pass
+        complete, completes = Signal(), Signal()  # a whole tile waits for its pass, from the next cycle on
         wanting = Signal(init=1)  # the next tile is that of an instruction not taken yet
         tile_begins = Signal()
         tile = Signal(len(self.w.addr), reset_less=True)
@@ -230,13 +239,26 @@ class MacEngine(wiring.Component):
             self.w.addr.eq(address),
             self.w.valid.eq(fetches & ~resting),
             granted.eq(self.w.valid & self.w.ready),
-            tile_ends.eq(granted & is_last),
+            # The last column is only due while words are fetched.
+            tile_ends.eq(self.w.ready & (is_last if arch.columns > 1 else fetches) & ~resting),
             tile_there.eq(complete if timing.load_cycles else complete | tile_ends),
             tile_begins.eq(enters & pass_begins),
             offered.eq(self.command.valid & ~weights_taken),
+            completes.eq(settle == 1 if timing.load_cycles > 1 else tile_ends),
             is_first.eq(wanting | last_pass),
         ]
         m.d.sync += next_tile.eq(tile + tile_step)
+        if arch.weight_memory == "dual" and arch.columns > 1:
+            # Found out a cycle ahead: whether a pixel enters reaches much, and depends on the activation buffer, too.
+            due_next = Signal()
+            m.d.comb += due_next.eq(Mux(granted, column == arch.columns - 2, is_last))
+            there_next = complete | completes
+            if not timing.load_cycles:
+                assert timing.load_interval == 1
+                there_next |= due_next & self.w_ready_next
+            m.d.sync += may_begin_pass.eq(there_next & ~tile_begins & ~pausing_next)
+        else:
+            m.d.comb += may_begin_pass.eq(tile_there & ~pausing)
         with m.If(granted):
             m.d.sync += [
                 address.eq(address + 1),
@@ -255,7 +277,7 @@ class MacEngine(wiring.Component):
                 m.d.sync += settle.eq(settle - 1)
         with m.If(tile_ends):
             m.d.sync += fetches.eq(0)
-        with m.If(settle == 1 if timing.load_cycles > 1 else tile_ends):
+        with m.If(completes):
             m.d.sync += complete.eq(1)
         with m.If(tile_begins):
             m.d.sync += complete.eq(0)
@@ -327,8 +349,12 @@ class MacEngine(wiring.Component):
 
         # Accepted and not done: a pass takes at least HAZARD cycles, and a few more instructions are in the nest.
         unfinished = Signal(range(self.drain_cycles // self.HAZARD + 8))
-        m.d.sync += unfinished.eq(unfinished + (self.command.valid & self.command.ready) - self.done_stb)
-        m.d.comb += self.busy.eq(self.command.valid | unfinished.any())
+        accepted = Signal()
+        m.d.sync += [
+            accepted.eq(self.command.valid & self.command.ready),
+            unfinished.eq(unfinished + accepted - self.done_stb),
+        ]
+        m.d.comb += self.busy.eq(self.command.valid | accepted | unfinished.any())
         return m
 
     def model(

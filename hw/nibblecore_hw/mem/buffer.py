@@ -70,6 +70,8 @@ class BankedBuffer(wiring.Component):
     writes : In(write_port(...)).array(writers)
     conflicts : Out(readers)
         Bit i: reader i asks in this cycle and is not granted.
+    last_ready_next : Out(banks)
+        Bit b: the last reader would be granted bank b in the next cycle. Only of a ``dual`` buffer, 0 otherwise.
 
     Raises
     ------
@@ -78,6 +80,7 @@ class BankedBuffer(wiring.Component):
     """
 
     conflicts: Signal
+    last_ready_next: Signal
 
     def __init__(
         self,
@@ -111,6 +114,7 @@ class BankedBuffer(wiring.Component):
                 "reads": In(read_port(addr_bits=addr_bits, word_bits=word_bits)).array(readers),
                 "writes": In(write_port(addr_bits=addr_bits, word_bits=word_bits, parts=parts)).array(writers),
                 "conflicts": Out(readers),
+                "last_ready_next": Out(banks),
             }
         )
 
@@ -148,7 +152,9 @@ class BankedBuffer(wiring.Component):
                 held = Signal(self.banks, name=f"takes_{i}")
                 m.d.sync += [addresses[i].eq(port.addr), held.eq(Cat(takes[i]))]
                 takes[i] = list(held)
-            m.d.sync += taken.eq(Cat(_any([wanted(port, b) for port in early]) for b in range(self.banks)))
+            takes_next = Cat(_any([wanted(port, b) for port in early]) for b in range(self.banks))
+            m.d.comb += self.last_ready_next.eq(~takes_next)
+            m.d.sync += taken.eq(~self.last_ready_next)
             m.d.comb += last.ready.eq(~taken.bit_select(bank_of(last.addr), 1))
         else:
             m.d.comb += last.ready.eq(~beaten(last, early + writes))
