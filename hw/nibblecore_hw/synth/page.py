@@ -30,7 +30,7 @@ _NETWORKS: Final = """\
 What counts: **true products per second and thousand sites**, at the median Fmax. Cycles are those of the array alone
 with the compiler's tiles, every layer with nibbles; padding of channels and tiles is no product. *Lost*: share of the
 cycles that would not be there if weights were loaded in no time; in parentheses what of it passes between MAC
-instructions, because the first tile of each is not fetched ahead. *Per tile*: cycles by which a weight tile lengthens a
+instructions. *Per tile*: cycles by which a weight tile lengthens a
 pass of a full accumulator bank. *Shortest*: cycles of a pass of one pixel. The stem's share is what three input
 channels on an array of 16 or 32 lanes cost; `nibblecore throughput` lists all layers.
 """

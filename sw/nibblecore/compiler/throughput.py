@@ -33,7 +33,7 @@ class LayerThroughput:
     lost_cycles : int
         Of them, those that would not be there if weights were loaded in no time.
     gap_cycles : int
-        Of those, what passes between two MAC instructions: the first tile of each is not fetched ahead.
+        Of those, what passes between two MAC instructions.
     """
 
     name: str
