@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from nibblecore.arch.config import ELEMENT_WEIGHT_RANGE
+from nibblecore.arch.elements import element_timing, tile_cycles
 from nibblecore_hw.core.elements import ELEMENTS, DotElement
 
 pytestmark = pytest.mark.cosim
@@ -108,24 +109,27 @@ def test_one_wrong_bit_of_a_table_is_found(bench: Any) -> None:
 def test_array(bench: Any, kind: str) -> None:
     """Passes as short as they can be, a new tile each: every column is loaded while it multiplies."""
     array = bench.component(f"array_{kind}")
-    lanes, columns, post_lanes, passes, rng = 4, 4, 2, 60, random.Random(2)
-    low, high = ELEMENT_WEIGHT_RANGE[kind]
+    arch = array._arch
+    lanes, columns, passes, rng = arch.lanes, arch.columns, 40, random.Random(2)
+    length, timing = tile_cycles(arch), element_timing(arch)
+    low, high = arch.weight_range
     tiles = [[operands(rng, low, high, lanes) for _ in range(columns)] for _ in range(passes)]
-    words = [operands(rng, -8, 7, lanes) for _ in range(passes * columns)]
-    start = columns - 1  # the cycle of a tile's last load may be that of its swap
-    rows = []
-    for cycle in range(start + len(words) + max(array.latencies) + 1):
-        row = {"load_stb": cycle < len(words), "column": cycle % columns}
-        if cycle < len(words):
-            row["weights"] = pack(tiles[cycle // columns][cycle % columns])
-        if 0 <= (pixel := cycle - start) < len(words):
-            row |= {"activations": pack(words[pixel]), "swap_stb": pixel % columns == 0}
-        rows.append(row)
+    words = [operands(rng, -8, 7, lanes) for _ in range(passes * length)]
+    start = length - 1  # the cycle of the first swap
+    rows: list[dict[str, int]] = [{} for _ in range(start + len(words) + max(array.latencies) + 1)]
+    for n, tile in enumerate(tiles):
+        for column, weights in enumerate(tile):
+            # From the cycle behind the swap of the tile before.
+            rows[n * length + column * timing.load_interval] |= {
+                "load_stb": 1, "column": column, "weights": pack(weights),
+            }  # fmt: skip
+    for pixel, word in enumerate(words):
+        rows[start + pixel] |= {"activations": pack(word), "swap_stb": pixel % length == 0}
     outputs = bench.play(f"array_{kind}", rows)
     bits = 8 + (lanes - 1).bit_length()
     for pixel, word in enumerate(words):
-        want = array.model(word, tiles[pixel // columns])
+        want = array.model(word, tiles[pixel // length])
         for column in range(columns):
-            cycle = start + pixel + array.latencies[column // post_lanes]
+            cycle = start + pixel + array.latencies[column // arch.post_lanes]
             got = unpack(outputs[cycle]["sums"], bits, columns)[column]
             assert got == want[column], f"pixel {pixel}, column {column}: {got}, not {want[column]}"
