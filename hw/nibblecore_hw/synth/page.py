@@ -12,17 +12,20 @@ _TITLE: Final = """\
 
 Written by `nibblecore bench-synth` (`make bench-synth`) from `hw/results.json`; do not edit. Tools: {tools}.
 
-Every figure is after placement and routing by nextpnr, the measuring harness not counted. **Sites** are LUT4 sites plus
-two for each LUT RAM cell (TRELLIS_COMB + 2·TRELLIS_RAMW on the ECP5), a MAC is one product of nibbles and its sum per
-cycle. Fmax is that of speed grade 6 on the ECP5, the median of all placement seeds and the best of them. Flip-flops are
-counted after synthesis. The command below each table prints a row's figures; results are kept by content. Made anew,
-all of them take the tools {hours:.1f} hours of one core.
+Every figure is after placement and routing by nextpnr, the measuring harness not counted. A MAC is one product of
+nibbles and its sum per cycle. Fmax is that of speed grade 6 on the ECP5, the median of all placement seeds and the best
+of them. Flip-flops are counted after synthesis. The command below each table prints a row's figures; results are kept
+by content. Made anew, all of them take the tools {hours:.1f} hours of one core.
 """
 _ELEMENTS: Final = """\
 ## Processing elements
 
 The array alone, weight loading included, in the sizes of the cores `small` (16x16) and `large` (32x32), on an ECP5-85F.
 `+dsp`: eight columns are `dsp` elements, the others what stands before it.
+
+**Sites** are TRELLIS_COMB + 2·TRELLIS_RAMW, as others count. nextpnr 0.11 has the two sites that a cell of LUT RAM
+blocks among TRELLIS_COMB already, so elements with LUT RAM occupy less than that: the column *occupied* is TRELLIS_COMB
+alone.
 """
 _NETWORKS: Final = """\
 ### On networks
@@ -37,7 +40,8 @@ channels on an array of 16 or 32 lanes cost; `nibblecore throughput` lists all l
 _CORES: Final = """\
 ## Cores
 
-Shares of the device in parentheses; targets are met unless it says *missed*.
+Sites are those that are occupied, LUT RAM included; shares of the device in parentheses. Targets are met unless it says
+*missed*.
 """
 _PARTS: Final = """\
 ### Parts of `small`
@@ -87,7 +91,7 @@ def page(records: Mapping[str, Record], tried: str | None = None) -> str:
 
 
 def sites(record: Record) -> int:
-    """LUT4 sites, two for each LUT RAM cell."""
+    """LUT4 sites of an array on an ECP5, and two more for each LUT RAM cell: TRELLIS_COMB + 2·TRELLIS_RAMW."""
     lut, lutram = record["lut"], record["lutram"]
     return int(lut + 2 * lutram)
 
@@ -127,18 +131,18 @@ def _mhz(record: Record) -> str:
 
 
 def _elements(configurations: Sequence[Configuration], records: Mapping[str, Record]) -> Iterable[str]:
-    yield from _table("element", "primitives beside LUT4 and flip-flops", "sites>", "sites per MAC>", "FF per MAC>",
-                      "Fmax in MHz, median / best>")  # fmt: skip
+    yield from _table("element", "primitives beside LUT4 and flip-flops", "sites>", "sites per MAC>",
+                      "occupied per MAC>", "FF per MAC>", "Fmax in MHz, median / best>")  # fmt: skip
     for c in configurations:
         if (record := records.get(c.name)) is None:
             continue
         if (why := _absent(c, record)) is not None:
-            yield _row(c.label, why, *(_DASH,) * 4)
+            yield _row(c.label, why, *(_DASH,) * 5)
             continue
         macs = c.config().macs_per_cycle
         kinds = ", ".join(f"{n:,} {kind}" for kind, n in record["cells"].items() if kind not in _PLAIN) or "none"
-        yield _row(c.label, kinds, f"{sites(record):,}", f"{record['sites_per_mac']:.1f}", f"{record['ff'] / macs:.1f}",
-                   _mhz(record))  # fmt: skip
+        yield _row(c.label, kinds, f"{sites(record):,}", f"{record['sites_per_mac']:.1f}",
+                   f"{record['lut'] / macs:.1f}", f"{record['ff'] / macs:.1f}", _mhz(record))  # fmt: skip
     yield from _commands(configurations, records)
 
 
@@ -213,7 +217,7 @@ def _cores(configurations: Sequence[Configuration], records: Mapping[str, Record
             continue
         assert record is not None
         device = get_device(c.device)
-        used = {"sites": sites(record), **{k: record[k] for k in ("ff", "lutram", "bram", "spram", "dsp")}}
+        used = {"sites": record["lut"], **{k: record[k] for k in ("ff", "lutram", "bram", "spram", "dsp")}}
         shares = [_share(n, device.lut if name == "sites" else getattr(device, name)) for name, n in used.items()]
         peak = 2 * macs * record["fmax_median_mhz"] / 1e3
         yield _row(c.label, str(macs), *shares, _mhz(record), f"{peak:.1f}", _targets(c, record))
@@ -231,7 +235,7 @@ def _targets(c: Configuration, record: Record) -> str:
         if name == "fmax_mhz":
             text, met = f"≥ {target:g} MHz", record["fmax_median_mhz"] >= target
         elif name == "lut":
-            text, met = f"≤ {target:.0%} of the sites", sites(record) <= target * device.lut
+            text, met = f"≤ {target:.0%} of the sites", record["lut"] <= target * device.lut
         else:
             text, met = f"≤ {target:.0%} of the block RAM", record[name] <= target * getattr(device, name)
         found.append(text if met else f"{text} *missed*")
@@ -246,7 +250,7 @@ def _parts(configurations: Sequence[Configuration], records: Mapping[str, Record
             yield _row(f"{c.part}: {why}", *(_DASH,) * 6)
             continue
         assert record is not None
-        figures = [sites(record), *(record[k] for k in ("ff", "lutram", "bram", "dsp"))]
+        figures = [record[k] for k in ("lut", "ff", "lutram", "bram", "dsp")]
         yield _row(c.part, *(f"{n:,}" for n in figures), f"{record['fmax_mhz']:.1f}")
     yield from _commands(configurations, records)
 

@@ -58,11 +58,12 @@ class SynthReport:
     ff : int
         Flip-flops after synthesis.
     lutram : int
-        Cells of LUT RAM: TRELLIS_RAMW, each of which blocks two sites more; RAM16SDP4.
+        Cells of LUT RAM: TRELLIS_RAMW, RAM16SDP4. What they occupy is in ``lut``.
     bram, spram, dsp : int
         Block RAMs, single-port RAMs, multipliers.
     sites_per_mac : float
-        ``(lut + 2 * lutram) / MACs per cycle``.
+        ``(TRELLIS_COMB + 2 * TRELLIS_RAMW) / MACs per cycle`` on ECP5, as others count; nextpnr 0.11 has the sites that
+        LUT RAM blocks among TRELLIS_COMB already, so ``lut / MACs`` is what is occupied. Elsewhere ``lut / MACs``.
     fmax_mhz, fmax_median_mhz : float
         After routing, best and median of the seeds; of the slowest clock, where there are several.
     clocks : dict
@@ -444,7 +445,7 @@ def synthesize(
         bram=used["bram"],
         spram=used["spram"],
         dsp=used["dsp"],
-        sites_per_mac=(lut + 2 * used["lutram"]) / arch.macs_per_cycle,
+        sites_per_mac=(lut + (2 * used["lutram"] if device.family == "ecp5" else 0)) / arch.macs_per_cycle,
         fmax_mhz=max(fmax),
         fmax_median_mhz=statistics.median(fmax),
         critical_path=best["path"],
