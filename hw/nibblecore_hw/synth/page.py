@@ -21,7 +21,7 @@ _ELEMENTS: Final = """\
 ## Processing elements
 
 The array alone, weight loading included, in the sizes of the cores `small` (16x16) and `large` (32x32), on an ECP5-85F.
-`+dsp`: eight columns are `dsp` elements, the others what stands before it.
+`+dsp`: half of the columns are `dsp` elements, the others what stands before it.
 
 **Sites** are TRELLIS_COMB + 2·TRELLIS_RAMW, as others count. nextpnr 0.11 has the two sites that a cell of LUT RAM
 blocks among TRELLIS_COMB already, so elements with LUT RAM occupy less than that: the column *occupied* is TRELLIS_COMB

@@ -73,10 +73,10 @@ def _elements() -> Iterable[Configuration]:
     """Every element in the arrays of ``small`` and ``large``, and mixes with multipliers that requantization leaves."""
     kinds: list[tuple[str, dict[str, int | str]]] = [(e, {"element": e}) for e in ELEMENT_WEIGHT_RANGE]
     mixed = [e for e in ELEMENT_WEIGHT_RANGE if e not in ("generic", "dsp")]
-    kinds += [(f"{e}+dsp", {"element": e, "dsp_columns": 8}) for e in mixed]
     for arch in ("small", "large"):
         core = get_arch(arch)
-        for name, settings in kinds:
+        mixes = [(f"{e}+dsp", {"element": e, "dsp_columns": core.columns // 2}) for e in mixed]
+        for name, settings in (*kinds, *mixes):
             yield Configuration(
                 group="elements", label=f"{name} {core.lanes}x{core.columns}", arch=arch, settings=settings,
                 device="ecp5-85k", part="array", seeds=ELEMENT_SEEDS,

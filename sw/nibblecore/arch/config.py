@@ -321,13 +321,13 @@ ARCHS: Final[dict[str, ArchConfig]] = {
         ),
         ArchConfig(name="small", lanes=16, columns=16, element="bitplane", weight_depth=1024),
         ArchConfig(
-            name="large", lanes=32, columns=32, element="bitplane", act_depth=8192, weight_depth=4096, bus_bits=128
+            name="large", lanes=32, columns=32, element="lutram2", act_depth=8192, weight_depth=4096, bus_bits=128
         ),
         ArchConfig(
             name="xlarge",
             lanes=32,
             columns=64,
-            element="bitplane",
+            element="lutram2",
             post_lanes=8,
             act_depth=8192,
             weight_depth=4096,
