@@ -75,7 +75,8 @@ def _elements() -> Iterable[Configuration]:
     mixed = [e for e in ELEMENT_WEIGHT_RANGE if e not in ("generic", "dsp")]
     for arch in ("small", "large"):
         core = get_arch(arch)
-        mixes = [(f"{e}+dsp", {"element": e, "dsp_columns": core.columns // 2}) for e in mixed]
+        half: dict[str, int | str] = {"dsp_columns": core.columns // 2}
+        mixes = [(f"{e}+dsp", {"element": e, **half}) for e in mixed]
         for name, settings in (*kinds, *mixes):
             yield Configuration(
                 group="elements", label=f"{name} {core.lanes}x{core.columns}", arch=arch, settings=settings,
