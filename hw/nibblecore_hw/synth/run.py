@@ -32,6 +32,9 @@ ROUTER2_MACS: Final = 1024
 """From so many MACs on nextpnr's router2 is taken: its default, router1, does not converge on arrays of that size, and
 router2 not on a whole core of a quarter of it."""
 
+ROUTER2_PATIENCE: Final = 10
+"""Iterations of router2 without fewer overused wires than before, after which it is stopped."""
+
 _FORMAT: Final = 1
 """Part of every key: change it when results of older code must not be used any more."""
 
@@ -128,6 +131,31 @@ class DoesNotFit(ToolFailed):
         super().__init__(
             f"{what} does not fit {device.name}: it takes {' and '.join(excess)}.",
             hint=f"Lower {', and '.join(_WHAT_TO_LOWER[name] for name in over)}; or take a larger device.",
+        )
+
+
+class DoesNotRoute(ToolFailed):
+    """A placement whose wires router2 cannot tell apart: it would go on for ever.
+
+    Parameters
+    ----------
+    what : str
+        The design, for the message.
+    seed : int
+        Of the placement.
+    overused : int
+        Fewest wires that more than one net wanted.
+    iterations : int
+        How long the router tried.
+    """
+
+    def __init__(self, what: str, seed: int, overused: int, iterations: int) -> None:
+        self.facts = {"overused": overused, "iterations": iterations}
+        super().__init__(
+            f"{what} does not route with seed {seed}: after {iterations} iterations, at least {overused:,} wires are "
+            "wanted by more than one net, and it does not get better.",
+            hint="Take another seed, a larger device, or an element with fewer inputs per site (lutram2 instead of "
+            "bitplane).",
         )
 
 
@@ -284,18 +312,24 @@ _NAMES: Final = {
 
 
 class _Watcher:
-    """Follows nextpnr's log: says where it is, and stops it as soon as the design turns out not to fit."""
+    """Follows nextpnr's log: says where it is, and stops it when the design turns out not to fit, or not to route."""
 
-    def __init__(self, device: FpgaDevice, what: str, say: Callable[[str], None]) -> None:
-        self.device, self.what, self.say = device, what, say
+    def __init__(self, device: FpgaDevice, what: str, seed: int, say: Callable[[str], None]) -> None:
+        self.device, self.what, self.seed, self.say = device, what, seed, say
         self.text = ""
         self.fits = False
+        self.best = (0, sys.maxsize)
+        """Iteration of router2 with the fewest overused wires, and how many these are."""
 
     def __call__(self, new: str) -> None:
         self.text += new
         if not self.fits and (found := _USED.findall(self.text)) and "Info: Plac" in self.text.split(found[-1][0])[-1]:
             self._check({kind: (int(used), int(there)) for kind, used, there in found})
             self.fits = True
+        for iteration, overused in re.findall(r"^Info:\s+iter=(\d+) .*overused=(\d+) ", new, re.MULTILINE):
+            self.best = min(self.best, (int(iteration), int(overused)), key=lambda found: found[1])
+            if int(iteration) - self.best[0] >= ROUTER2_PATIENCE:
+                raise DoesNotRoute(self.what, self.seed, self.best[1], int(iteration))
         for line in reversed(new.splitlines()):
             if match := re.match(r"Info:\s+at (?:initial placer )?iter(?:ation)? #?(\d+)", line):
                 self.say(f"placing, iteration {match[1]}")
@@ -334,16 +368,21 @@ def _route(
         known: dict[str, Any] = json.loads(kept.read_text())
         if over := known.get("over"):
             raise DoesNotFit(what, device, over)
+        if stuck := known.get("stuck"):
+            raise DoesNotRoute(what, seed, **stuck)
         return known, True
     if not (folder / "top.json").exists():
         (folder / "top.json").write_bytes(gzip.decompress(netlist.packed.read_bytes()))
     (folder / "pins.cst").write_text(device.constraints())
-    watcher = _Watcher(device, what, report)
+    watcher = _Watcher(device, what, seed, report)
     command = [device.nextpnr, *options, "--json", "top.json", "--report", f"report{seed}.json"]
     try:
         usage = _tool(command, folder, f"nextpnr{seed}.log", watcher, stop)
     except DoesNotFit as error:
         write_atomically(kept, json.dumps({"over": error.over}).encode())
+        raise
+    except DoesNotRoute as error:
+        write_atomically(kept, json.dumps({"stuck": error.facts}).encode())
         raise
     result = json.loads((folder / f"report{seed}.json").read_text())
     content = {
@@ -400,6 +439,8 @@ def synthesize(
         A tool fails, with its own words.
     DoesNotFit
         With what the design takes of what there is too little of, and what to lower.
+    DoesNotRoute
+        With how many wires are short.
     """
     if router is None:
         router = "router2" if device.family == "ecp5" and arch.macs_per_cycle >= ROUTER2_MACS else "router1"
@@ -519,4 +560,4 @@ def _own_names(path: Sequence[dict[str, Any]]) -> list[str]:
     return names[::-1]
 
 
-__all__ = ["DoesNotFit", "SynthReport", "ToolFailed", "count", "synthesize", "tool_version"]
+__all__ = ["DoesNotFit", "DoesNotRoute", "SynthReport", "ToolFailed", "count", "synthesize", "tool_version"]

