@@ -122,8 +122,8 @@ def test_a_design_that_does_not_route_is_given_up(own_cache: Path, monkeypatch: 
     monkeypatch.setattr(run, "_tool", router)
     text = (
         r"^tiny \(core\) does not route with seed 1: after 12 iterations, at least 400 wires are wanted by more than "
-        r"one net, and it does not get better\.\nTake another seed, a larger device, or an element with fewer inputs per "
-        r"site \(lutram2 instead of bitplane\)\.$"
+        r"one net, and it does not get better\.\nTake another seed, a larger device, or an element with fewer inputs "
+        r"per site \(lutram2 instead of bitplane\)\.$"
     )
     for _ in range(2):  # the second time without the tools
         with pytest.raises(run.DoesNotRoute, match=text):
