@@ -49,6 +49,7 @@ COMPONENTS: dict[str, Callable[[str], Any]] = {
     "buffer_parts": buffer(depth=2048, banks=2, word_bits=36, parts=4, kind="dual", readers=3, writers=2),
     "buffer_words": buffer(depth=512, banks=1, word_bits=32, parts=1, kind="dual", readers=2, writers=1),
     "buffer_single": buffer(depth=1024, banks=1, word_bits=16, parts=4, kind="single", readers=2, writers=2),
+    "buffer_single_banks": buffer(depth=1024, banks=2, word_bits=32, parts=8, kind="single", readers=3, writers=2),
 }
 
 
@@ -83,7 +84,7 @@ class Bench:
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     device = get_device(request.param)
     # The ECP5 has no memory of one port.
-    names = [name for name in COMPONENTS if device.family == "ice40" or name != "buffer_single"]
+    names = [name for name in COMPONENTS if device.family == "ice40" or not name.startswith("buffer_single")]
     netlists = [make_netlist(COMPONENTS[name](device.technology), device, name=name) for name in names]
     (bitplane,) = (n for n in netlists if n.name == "element_bitplane")
     netlists.append(mutant(bitplane, tmp_path_factory.mktemp("mutant")))

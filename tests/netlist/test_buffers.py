@@ -1,7 +1,9 @@
 # amaranth: UnusedElaboratable=no
-"""Buffers as block RAM and SPRAM: every port busy in every cycle, and never a word read while it is written."""
+"""Buffers as block RAM and SPRAM: random requests on every port, in every cycle, against a Python memory."""
 
+import dataclasses
 import random
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -11,85 +13,165 @@ from nibblecore_hw.mem.buffer import BankedBuffer
 
 pytestmark = pytest.mark.cosim
 
+CYCLES = 3600
+"""Of random requests, after every word was written once."""
 
-def accesses(
-    dut: BankedBuffer, rng: random.Random, *, collide: bool
-) -> tuple[list[dict[str, int]], list[tuple[int, int, int]], int, int]:
-    """Inputs of every cycle; ``(cycle, reader, word)`` that are to be seen; how often a bank, and how often a word, was
-    read and written at one edge."""
-    # The first cycles write every word; then ports crowd in a few places, so that banks are shared in most cycles.
-    memory = [0] * dut.depth
+Port = dict[str, int]
+"""Inputs of a port in one cycle."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Traffic:
+    """Requests, and what a buffer has to answer.
+
+    Attributes
+    ----------
+    rows, answers : list of dict
+        Inputs of every cycle; outputs of every cycle, all but the words.
+    words : list of tuple
+        ``(cycle, reader, word)``, the cycle being that of the grant.
+    spoilt : set of tuple
+        ``(cycle, reader)`` of words that are read while they are written.
+    seen : Counter
+        How often what is of interest came about.
+    """
+
+    rows: list[dict[str, int]] = dataclasses.field(default_factory=list)
+    answers: list[dict[str, int]] = dataclasses.field(default_factory=list)
+    words: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
+    spoilt: set[tuple[int, int]] = dataclasses.field(default_factory=set)
+    seen: Counter[str] = dataclasses.field(default_factory=Counter)
+
+
+def random_traffic(dut: BankedBuffer, seed: int, *, collide: bool) -> Traffic:
+    """Every word is written once; then ports crowd in a few places, so that banks are shared in most cycles.
+
+    A request stands until it is granted, or is now and then taken back. Only with ``collide`` are words read while they
+    are written.
+    """
+    rng = random.Random(seed)
+    is_dual, last, full = dut.kind == "dual", dut.readers - 1, (1 << dut.parts) - 1
     few = [rng.randrange(dut.depth) for _ in range(24)]
-    part_bits = dut.word_bits // dut.parts
-    rows, wanted, shared, collisions = [], [], 0, 0
-    recent: set[int] = set()
-    last_read = -1
+    traffic = Traffic()
+    writes: list[Port] = [{"valid": 0}] * dut.writers
+    reads: list[Port] = [{"valid": 0}] * dut.readers
+    write_grants: list[list[Port]] = []
+    read_grants: list[list[tuple[int, Port]]] = []
+    early: list[int] = []  # addresses that all readers but the last were granted in the cycle before
 
     def bank(addr: int) -> int:
         return addr * dut.banks // dut.depth
 
-    for cycle in range(dut.depth + 4500):
-        row: dict[str, int] = {}
-        last_read = last_read if cycle % 3 == 1 else -1
-        granted: dict[int, tuple[int, int, int]] = {}
-        for j in range(dut.writers):
-            filling = cycle < dut.depth
-            addr = cycle if filling else rng.choice([a for a in few if a != last_read])
-            valid = (filling and j == 0) or (not filling and rng.random() < 0.6)
-            word, mask = rng.getrandbits(dut.word_bits), (1 << dut.parts) - 1 if filling else rng.getrandbits(dut.parts)
-            row |= {f"writes__{j}__valid": valid, f"writes__{j}__addr": addr, f"writes__{j}__data": word}
-            row[f"writes__{j}__mask"] = mask
-            if valid and bank(addr) not in granted:
-                granted[bank(addr)] = (addr, word, mask)
-        # One reader in three cycles: no other one delays it, and it is not where words were just written or will be.
-        if cycle % 3 == 0 and cycle > dut.depth:
-            i = dut.readers - 1
-            addr = rng.choice(few)
-            here = bank(addr) in granted
-            written = here and granted[bank(addr)][0] == addr
-            blocked = addr in recent or (written and not collide) or (here and dut.kind == "single")
-            if not blocked:
-                row |= {f"reads__{i}__valid": True, f"reads__{i}__addr": addr}
-                wanted.append((cycle, i, memory[addr]))
-                shared += here and granted[bank(addr)][2] != 0
-                collisions += written and granted[bank(addr)][2] != 0
-                last_read = addr
-        recent = {addr for addr, _, _ in granted.values()}
-        rows.append(row)
-        for addr, word, mask in granted.values():
+    def beaten(port: Port, winners: list[Port]) -> bool:
+        return any(w["valid"] and bank(w["addr"]) == bank(port["addr"]) for w in winners)
+
+    def place() -> int:
+        return rng.choice(few) if rng.random() < 0.9 else rng.randrange(dut.depth)
+
+    for cycle in range(dut.depth + CYCLES):
+        filling = cycle < dut.depth
+        busy = (0.2, 0.7, 1.0)[cycle // 100 % 3]
+        # Who is idle shows garbage.
+        for j, w in enumerate(writes):
+            if filling or not w["valid"] or w in write_grants[-1] or rng.random() < 0.1:
+                # In a single buffer reads have only what writes leave.
+                often = busy if is_dual else busy / 3
+                writes[j] = {"valid": rng.random() < often, "addr": place(), "data": rng.getrandbits(dut.word_bits),
+                             "mask": rng.choice((full, rng.getrandbits(dut.parts)))}  # fmt: skip
+            if filling:
+                writes[j]["valid"] = cycle % dut.writers == j
+                writes[j] |= {"addr": cycle, "mask": full} if writes[j]["valid"] else {}
+        for i, r in enumerate(reads):
+            if filling or not r["valid"] or (i, r) in read_grants[-1] or rng.random() < 0.1:
+                reads[i] = {"valid": not filling and rng.random() < busy, "addr": place()}
+        if is_dual and not collide:
+            writes = [w | {"valid": w["valid"] and w["addr"] not in early} for w in writes]
+        # In a dual buffer one write, whatever its bank; in a single one, one access per bank.
+        write_won = [not (any(p["valid"] for p in writes[:j]) if is_dual else beaten(w, writes[:j]))
+                     for j, w in enumerate(writes)]  # fmt: skip
+        write_grants.append([w for w, won in zip(writes, write_won, strict=True) if w["valid"] and won])
+        if is_dual and not collide and any(w["addr"] == reads[last]["addr"] for w in write_grants[-1]):
+            reads[last] = reads[last] | {"valid": 0}
+        read_won = [not beaten(r, reads[:i] + ([] if is_dual else writes)) for i, r in enumerate(reads)]
+        if is_dual:
+            read_won[last] = bank(reads[last]["addr"]) not in map(bank, early)
+        read_grants.append([(i, r) for i, r in enumerate(reads) if r["valid"] and read_won[i]])
+        early = [r["addr"] for i, r in read_grants[-1] if i != last]
+        free = set(range(dut.banks)) - set(map(bank, early)) if is_dual else set()
+        conflicts = [r["valid"] and not won for r, won in zip(reads, read_won, strict=True)]
+        traffic.seen["conflicts"] += any(conflicts)
+        traffic.seen["banks read together"] += len(read_grants[-1]) > 1
+        traffic.rows.append(
+            {f"writes__{j}__{name}": value for j, w in enumerate(writes) for name, value in w.items()}
+            | {f"reads__{i}__{name}": value for i, r in enumerate(reads) for name, value in r.items()}
+        )
+        traffic.answers.append(
+            {f"writes__{j}__ready": won for j, won in enumerate(write_won)}
+            | {f"reads__{i}__ready": won for i, won in enumerate(read_won)}
+            | {"conflicts": sum(c << i for i, c in enumerate(conflicts)), "last_ready_next": sum(1 << b for b in free)}
+        )
+
+    # What meets at an edge of the memory: the writes of a cycle, and the reads of the same cycle; but of a dual buffer,
+    # where all readers but the last wait for a cycle, what those were granted in the cycle before.
+    memory, part_bits = [0] * dut.depth, dut.word_bits // dut.parts
+    for cycle, written in enumerate(write_grants):
+        for granted in range(max(cycle - 1, 0), cycle + 1):
+            for i, r in read_grants[granted]:
+                if granted != cycle - (is_dual and i != last):
+                    continue
+                traffic.words.append((granted, i, memory[r["addr"]]))
+                for w in written:
+                    if w["mask"] and w["addr"] == r["addr"]:
+                        traffic.spoilt.add((granted, i))
+                    traffic.seen["bank written beside"] += w["mask"] > 0 and bank(w["addr"]) == bank(r["addr"])
+        for w in written:
+            traffic.seen["parts written"] += 0 < w["mask"] < full
             for p in range(dut.parts):
-                if mask >> p & 1:
+                if w["mask"] >> p & 1:
                     field = ((1 << part_bits) - 1) << p * part_bits
-                    memory[addr] = memory[addr] & ~field | word & field
-    return rows + [{}] * READ_LATENCY, wanted, shared, collisions
+                    memory[w["addr"]] = memory[w["addr"]] & ~field | w["data"] & field
+    traffic.rows += [{}] * READ_LATENCY
+    return traffic
 
 
-def differences(bench: Any, name: str, *, collide: bool = False) -> tuple[int, int, int]:
-    """Words that are not what was last written; reads of a bank, and of a word, that is written at the same edge."""
-    dut = bench.component(name)
-    rows, wanted, shared, collisions = accesses(dut, random.Random(3), collide=collide)
-    outputs = bench.play(name, rows)
-    assert len(wanted) > 200
-    latencies = [READ_LATENCY] * (dut.readers - 1) + [LAST_READ_LATENCY]
-    wrong = sum(outputs[c + latencies[i]][f"reads__{i}__data"] != word for c, i, word in wanted)
-    return wrong, shared, collisions
-
-
-@pytest.mark.parametrize("name", ["buffer_words"])
-def test_words_are_what_was_written(bench: Any, name: str) -> None:
+def play(bench: Any, name: str, seed: int, *, collide: bool = False) -> tuple[Traffic, set[tuple[int, int]]]:
+    """The traffic, and ``(cycle, reader)`` of words that are not what was last written."""
     if name not in bench.player.netlists:
         pytest.skip(f"{bench.device.name} has no memory of one port")
-    cells = bench.player.netlists[name].cells
-    ram = {"ecp5": "DP16KD", "ice40": "SB_SPRAM256KA" if name == "buffer_single" else "SB_RAM40_4K"}
-    assert cells[ram[bench.device.family]] >= 1
-    wrong, shared, collisions = differences(bench, name)
-    assert (wrong, collisions) == (0, 0)
-    assert (shared > 100) == (name != "buffer_single"), f"{shared} reads came with a write to their bank"
+    dut = bench.component(name)
+    traffic = random_traffic(dut, seed, collide=collide)
+    outputs = bench.play(name, traffic.rows)
+    for cycle, (want, got) in enumerate(zip(traffic.answers, outputs, strict=False)):
+        differing = [port for port, value in want.items() if got[port] != value]
+        assert not differing, f"{name}, seed {seed}, cycle {cycle}: {', '.join(differing)}"
+    latencies = [READ_LATENCY] * (dut.readers - 1) + [LAST_READ_LATENCY]
+    assert len(traffic.words) > CYCLES // 3
+    return traffic, {
+        (c, i) for c, i, word in traffic.words if outputs[c + latencies[i]][f"reads__{i}__data"] != word
+    }  # fmt: skip
 
 
-def test_words_that_are_read_while_written_are_spoilt(bench: Any) -> None:
-    """What the promise of the buffers is about: without it, block RAM may give anything, and its model does."""
+@pytest.mark.parametrize("name", ["buffer_parts", "buffer_words", "buffer_single", "buffer_single_banks"])
+def test_words_are_what_was_written(bench: Any, name: str) -> None:
+    traffic, wrong = play(bench, name, seed=3)
+    dut, cells = bench.component(name), bench.player.netlists[name].cells
+    ram = {"ecp5": "DP16KD", "ice40": "SB_SPRAM256KA" if dut.kind == "single" else "SB_RAM40_4K"}
+    assert cells[ram[bench.device.family]] >= dut.banks
+    assert not traffic.spoilt
+    assert not wrong, f"first of {len(wrong)} wrong words: cycle and reader {min(wrong)}"
+    assert (traffic.seen["bank written beside"] > 500) == (dut.kind == "dual")
+    assert (traffic.seen["banks read together"] > 500) == (dut.banks > 1)
+    assert (traffic.seen["parts written"] > 500) == (dut.parts > 1)
+    assert traffic.seen["conflicts"] > 500
+
+
+@pytest.mark.parametrize("name", ["buffer_parts", "buffer_words"])
+def test_words_that_are_read_while_written_are_spoilt(bench: Any, name: str) -> None:
+    """What the promise of the buffers is about: without it, block RAM may give anything, and its model does. They are
+    the words of which the documentation says so, and no others."""
     if bench.device.family != "ecp5":
         pytest.skip("Yosys' model of the block RAM of iCE40 reads the old word")
-    wrong, _, collisions = differences(bench, "buffer_words", collide=True)
-    assert wrong == collisions > 5
+    traffic, wrong = play(bench, name, seed=4, collide=True)
+    assert wrong == traffic.spoilt
+    dut = bench.component(name)
+    assert {i for _, i in wrong} == set(range(dut.readers))

@@ -21,19 +21,19 @@ pytestmark = pytest.mark.cosim
 MEMORY_BYTES = 1 << 20
 
 
-def check_network(arch: ArchConfig, seed: int, core: Transport) -> int:
-    """Compile and run a random network; the cycles it took, or 0 if the compiler refuses it."""
+def check_network(arch: ArchConfig, seed: int, core: Transport) -> bool:
+    """Compile and run a random network; whether the compiler takes it."""
     rng = np.random.default_rng([seed, arch.lanes, arch.columns])
     graph = random_case(arch, rng)
     try:
         program = compile_graph(graph, arch, CompileOptions(dump_tensors=True))
     except CompileError:
-        return 0
+        return False
     batch = random_inputs(graph, rng)
     inputs = {name: codes[0] for name, codes in batch.items()}
     want = {name: codes[0] for name, codes in interpret(graph, batch, keep=True).items()}
     before = rng.bytes(MEMORY_BYTES)
-    after, cycles = [], 0
+    after = []
     for transport in (GoldenTransport(arch, memory_bytes=MEMORY_BYTES), core):
         transport.write(0, before)
         device = Device(transport)
@@ -43,10 +43,9 @@ def check_network(arch: ArchConfig, seed: int, core: Transport) -> int:
         names = [b.name for b in (*program.tensors, *program.outputs)]
         assert first_difference(want, found, names) == "", f"seed {seed}"
         after.append(transport.read(0, MEMORY_BYTES))
-        cycles = result.cycles or 0
     assert after[0] == after[1], f"seed {seed}: DRAM differs from the golden model's at other places than its tensors"
     assert after[0] != before
-    return cycles
+    return True
 
 
 @pytest.mark.slow
@@ -61,8 +60,8 @@ def check_network(arch: ArchConfig, seed: int, core: Transport) -> int:
 )
 def test_core_runs_networks(arch: ArchConfig, device: str, seeds: range) -> None:
     with SimTransport(arch, memory_bytes=MEMORY_BYTES, netlist=get_device(device)) as core:
-        cycles = [check_network(arch, seed, core) for seed in seeds]
-    assert sum(c > 0 for c in cycles) > len(seeds) // 2
+        ran = [check_network(arch, seed, core) for seed in seeds]
+    assert sum(ran) > len(seeds) // 2
 
 
 @pytest.mark.skipif(not has_icarus(), reason="Icarus is not installed")
@@ -72,9 +71,9 @@ def test_no_word_is_read_while_it_is_written() -> None:
     arch = FUZZ_ARCHS["fuzz-square"]
     with SimTransport(arch, memory_bytes=MEMORY_BYTES, simulator="icarus") as core:
         core.watch_buffers()
-        cycles = [check_network(arch, seed, core) for seed in (1, 4, 8, 10)]
+        ran = [check_network(arch, seed, core) for seed in (1, 4, 8, 10)]
         accesses = core.buffer_accesses()
-    assert all(cycles)
+    assert all(ran)
     assert accesses["collisions"] == 0, accesses
     assert accesses["both"] > 100, accesses
     assert accesses["reads"] > 3000, accesses
