@@ -25,6 +25,7 @@ from amaranth.lib.wiring import In
 
 from nibblecore.errors import SimulationError, ToolchainError
 from nibblecore.files import cache_dir, write_atomically
+from nibblecore_hw.synth.check import check_netlist
 from nibblecore_hw.synth.devices import FpgaDevice
 from nibblecore_hw.verilog import to_verilog
 
@@ -125,7 +126,8 @@ def make_netlist(component: Any, device: FpgaDevice, *, name: str) -> Netlist:
     Raises
     ------
     ToolchainError
-        If Yosys is missing or fails; it quotes the first error.
+        If Yosys is missing or fails; it quotes the first error. If the netlist is one of those that
+        :func:`~nibblecore_hw.synth.check.check_netlist` refuses.
     """
     text = to_verilog(component, name="core")
     ports = _ports(component, text)
@@ -135,6 +137,7 @@ def make_netlist(component: Any, device: FpgaDevice, *, name: str) -> Netlist:
         *steps[: steps.index(_COUNTED) + 1],
         f"rename core {name}",
         f"select {name}",
+        *["write_json -selected netlist.json"] * (device.family == "ice40"),
         # Bits, as Verilator takes a vector whose upper bits depend on its lower ones for a loop.
         "splitnets",
         # Without expressions: a gate that was not mapped to a cell would be an unknown module to the simulator.
@@ -156,6 +159,8 @@ def make_netlist(component: Any, device: FpgaDevice, *, name: str) -> Netlist:
                 lines = (run.stdout + run.stderr).splitlines()
                 error = next((line for line in lines if "ERROR" in line), f"exit status {run.returncode}")
                 raise ToolchainError(f"Yosys failed on {name} for {device.name}: {error}")
+            if device.family == "ice40":
+                check_netlist(json.loads((folder / "netlist.json").read_text()), device)
             cells = json.loads((folder / "stat.json").read_text())["modules"]["\\core"]["num_cells_by_type"]
             write_atomically(path, (folder / "netlist.v").read_bytes())
             write_atomically(facts, json.dumps(cells).encode())

@@ -26,6 +26,7 @@ from nibblecore.files import cache_dir, write_atomically
 
 from ..harness import ScanHarness
 from ..verilog import to_verilog
+from .check import check_netlist
 from .devices import FpgaDevice
 
 ROUTER2_MACS: Final = 1024
@@ -275,6 +276,8 @@ def _netlist(component: Any, device: FpgaDevice, folder: Path, stop: threading.E
             "usage": dataclasses.asdict(usage),
         }
         write_atomically(facts, json.dumps(content).encode())
+    if device.family == "ice40":  # netlists of other families are large, and nothing is looked for in them
+        check_netlist(json.loads(gzip.decompress(packed.read_bytes())), device)
     known = json.loads(facts.read_text())
     return _Netlist(
         key=key, core=known["core"], harness=known["harness"], packed=packed, usage=_Usage(**known["usage"]),
