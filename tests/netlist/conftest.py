@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from amaranth import Module, Signal, signed
+from amaranth.lib import wiring
+from amaranth.lib.memory import Memory
+from amaranth.lib.wiring import In, Out
 
 from nibblecore.arch.config import ELEMENT_WEIGHT_RANGE, ArchConfig
 from nibblecore_hw.core.array import SystolicArray
@@ -20,6 +24,66 @@ from nibblecore_sim.netlist import Netlist, Player, Row, make_netlist
 
 DEVICES = ("ecp5-25k", "up5k")
 LANES = 4
+
+
+class SumOfProducts(wiring.Component):
+    """``s`` is the sum of ``a * b`` and ``c * d`` two cycles before: what ``synth_ice40 -dsp`` gets wrong.
+
+    Unless the registers of the products are kept.
+    """
+
+    a: Signal
+    b: Signal
+    c: Signal
+    d: Signal
+    s: Signal
+
+    def __init__(self, *, keep: bool) -> None:
+        self.keep = keep
+        super().__init__({**{name: In(signed(13)) for name in "abcd"}, "s": Out(signed(27))})
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        attributes = {"keep": 1} if self.keep else {}
+        p, q = (Signal(signed(26), name=name, reset_less=True, attrs=attributes) for name in "pq")
+        total = Signal(signed(27), reset_less=True)
+        m.d.sync += [p.eq(self.a * self.b), q.eq(self.c * self.d), total.eq(p + q)]
+        m.d.comb += self.s.eq(total)
+        return m
+
+
+class Memories(wiring.Component):
+    """A memory of each shape that block RAM can have, with enables for parts where it has them; all at one address."""
+
+    SHAPES = ((512, 36, 4), (1024, 18, 2), (2048, 9, 1), (4096, 4, 1), (8192, 2, 1), (16384, 1, 1))
+    """Words, their bits, parts of a word."""
+
+    read: Signal
+    write: Signal
+    word: Signal
+    mask: Signal
+
+    def __init__(self) -> None:
+        words = {f"word{bits}": Out(bits) for _, bits, _ in self.SHAPES}
+        super().__init__({"read": In(14), "write": In(14), "word": In(36), "mask": In(4), **words})
+
+    @staticmethod
+    def contents(depth: int, bits: int) -> list[int]:
+        """Words at power-up."""
+        return [n * 0x9E3779B97F >> 7 & (1 << bits) - 1 for n in range(depth)]
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        for depth, bits, parts in self.SHAPES:
+            init = self.contents(depth, bits)
+            memory = Memory(shape=bits, depth=depth, init=init, attrs={"no_rw_check": 1, "ram_style": "block"})
+            m.submodules[f"memory{bits}"] = memory
+            write, read = memory.write_port(granularity=bits // parts), memory.read_port()
+            m.d.comb += [
+                read.addr.eq(self.read), getattr(self, f"word{bits}").eq(read.data),
+                write.addr.eq(self.write), write.data.eq(self.word), write.en.eq(self.mask),
+            ]  # fmt: skip
+        return m
 
 
 def small(element: str) -> ArchConfig:
@@ -45,6 +109,8 @@ COMPONENTS: dict[str, Callable[[str], Any]] = {
         for kind in ELEMENT_WEIGHT_RANGE
     },
     "requantizer": lambda technology: RequantLane(acc_bits=24),
+    "sum_of_products": lambda technology: SumOfProducts(keep=True),
+    "memories": lambda technology: Memories(),
     # A part of 9 bits, a whole word of 36: each way of block RAM.
     "buffer_parts": buffer(depth=2048, banks=2, word_bits=36, parts=4, kind="dual", readers=3, writers=2),
     "buffer_words": buffer(depth=512, banks=1, word_bits=32, parts=1, kind="dual", readers=2, writers=1),
@@ -80,11 +146,17 @@ class Bench:
         return self.player.play({name: rows})[name]
 
 
+@pytest.fixture
+def sum_of_products() -> type[SumOfProducts]:
+    return SumOfProducts
+
+
 @pytest.fixture(scope="session", params=DEVICES)
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     device = get_device(request.param)
-    # The ECP5 has no memory of one port.
-    names = [name for name in COMPONENTS if device.family == "ice40" or not name.startswith("buffer_single")]
+    # The ECP5 has no memory of one port; the shapes of memories are those of its block RAM, whose model is ours.
+    others = "memories" if device.family == "ice40" else "buffer_single"
+    names = [name for name in COMPONENTS if not name.startswith(others)]
     netlists = [make_netlist(COMPONENTS[name](device.technology), device, name=name) for name in names]
     (bitplane,) = (n for n in netlists if n.name == "element_bitplane")
     netlists.append(mutant(bitplane, tmp_path_factory.mktemp("mutant")))

@@ -1,6 +1,7 @@
 # amaranth: UnusedElaboratable=no
 """The tool itself: what it makes, what it keeps, and what it says when it cannot."""
 
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,40 @@ def test_netlist_is_what_is_counted_and_kept(tmp_path: Path, monkeypatch: pytest
     made = netlist.path.stat().st_mtime_ns
     assert make_netlist(RequantLane(acc_bits=24), device, name="requantizer") == netlist
     assert netlist.path.stat().st_mtime_ns == made
+
+
+LOST = (
+    r"^Yosys lost a factor or a summand of '(core\.)?(s|total)' for up5k: nothing drives C and D of its SB_MAC16\.\n"
+    r"It does so where two products with a register each are added\. Set the attribute 'keep' on both registers: "
+    r"Signal\(\.\.\., attrs=\{'keep': 1\}\)\.$"
+)
+
+
+def test_product_that_yosys_loses(sum_of_products: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused by whoever makes netlists, and what is in the cache is no excuse."""
+    monkeypatch.setenv("NIBBLECORE_CACHE", str(tmp_path))
+    device = get_device("up5k")
+    for _ in range(2):
+        with pytest.raises(ToolchainError, match=LOST):
+            count(sum_of_products(keep=False), device)
+        with pytest.raises(ToolchainError, match=LOST):
+            make_netlist(sum_of_products(keep=False), device, name="lost")
+    assert count(sum_of_products(keep=True), device)["SB_MAC16"] == 2
+
+
+@pytest.mark.cosim
+def test_products_that_are_kept(bench: Any) -> None:
+    rng = random.Random(5)
+    extremes = (-4096, -4095, -1, 0, 1, 4095)
+    rows = [
+        {name: rng.choice((rng.choice(extremes), rng.randint(-4096, 4095))) for name in "abcd"} for _ in range(500)
+    ]  # fmt: skip
+    cells = bench.player.netlists["sum_of_products"].cells
+    assert cells["SB_MAC16" if bench.device.family == "ice40" else "MULT18X18D"] == 2
+    outputs = bench.play("sum_of_products", [*rows, {}, {}])
+    for cycle, row in enumerate(rows):
+        want = row["a"] * row["b"] + row["c"] * row["d"]
+        assert outputs[cycle + 2]["s"] == want & (1 << 27) - 1, f"cycle {cycle}: {row}"
 
 
 def test_failure_of_yosys_is_quoted() -> None:
