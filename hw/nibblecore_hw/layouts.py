@@ -97,6 +97,9 @@ is granted."""
 ACC_READ_LATENCY = 3
 """Edges from an accumulator read to its data: block RAM, a register at its output, one behind the group multiplexer."""
 
+SEQUENTIAL_READ_LATENCY = 1
+"""The same of buffers and accumulators of a core that runs one instruction at a time, where nobody waits."""
+
 
 REGION_BITS = 32
 """Width of a region's base and size, in bytes."""

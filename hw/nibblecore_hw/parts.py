@@ -26,6 +26,7 @@ def build_part(part: str, arch: ArchConfig, *, technology: str) -> Any:
     from .core.post import PostUnit
     from .core.requantize import RequantLane
     from .core.sequential import SequentialMac
+    from .core.sequential_post import SequentialPost, SerialRequantizer
     from .ctrl.control import Control
     from .ctrl.sequential import SequentialControl
     from .dma.load import LoadDma
@@ -42,8 +43,12 @@ def build_part(part: str, arch: ArchConfig, *, technology: str) -> Any:
             return SequentialMac(arch)
         case "mac":
             return MacEngine(arch, technology=technology)
+        case "post" if arch.sequential:
+            return SequentialPost(arch)
+        case "requantizer" if arch.sequential:
+            return SerialRequantizer(acc_bits=arch.acc_bits)
         case "post":
-            return PostUnit(arch, held=arch.sequential)
+            return PostUnit(arch)
         case "requantizer":
             return RequantLane(acc_bits=arch.acc_bits)
         case "load" | "store" if arch.sequential:

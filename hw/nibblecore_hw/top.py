@@ -26,6 +26,7 @@ from nibblecore.arch.isa import Engine
 from .core.mac import MacEngine
 from .core.post import PostUnit
 from .core.sequential import SequentialMac
+from .core.sequential_post import SequentialPost
 from .ctrl.control import Control
 from .ctrl.sequential import SequentialControl
 from .dma.axi import FETCH_ID, AxiReadArbiter
@@ -34,6 +35,7 @@ from .dma.sequential import SequentialDma
 from .dma.store import StoreDma
 from .layouts import axi_lite_signature, axi_read_signature, axi_write_signature
 from .mem.buffer import BankedBuffer
+from .mem.sequential import SequentialBuffer
 
 
 def _flat(prefix: str, *signatures: Signature) -> dict[str, Any]:
@@ -100,30 +102,17 @@ class Accelerator(wiring.Component):
         m.submodules.control = control = control_type(arch=arch, axi_id=FETCH_ID)
         fresh = ResetInserter(control.core_reset)
         mac = SequentialMac(arch) if arch.sequential else MacEngine(arch, technology=self.technology)
-        post = PostUnit(arch, held=arch.sequential)
+        post = SequentialPost(arch) if arch.sequential else PostUnit(arch)
         m.submodules.mac = fresh(mac)
         m.submodules.post = fresh(post)
         m.submodules.arbiter = arbiter = AxiReadArbiter(arch=arch)
-        m.submodules.activations = activations = BankedBuffer(
-            depth=arch.act_depth,
-            banks=arch.act_banks,
-            word_bits=arch.word_bits,
-            parts=arch.parts_per_brick,
-            kind=arch.act_memory,
-            readers=3,
+        activations = self._buffer(
+            depth=arch.act_depth, banks=arch.act_banks, parts=arch.parts_per_brick, kind=arch.act_memory, readers=3,
             writers=2,
-            checks=self.checks,
-        )
-        m.submodules.weights = weights = BankedBuffer(
-            depth=arch.weight_depth,
-            banks=1,
-            word_bits=arch.word_bits,
-            parts=1,
-            kind=arch.weight_memory,
-            readers=2,
-            writers=1,
-            checks=self.checks,
-        )
+        )  # fmt: skip
+        weights = self._buffer(depth=arch.weight_depth, banks=1, parts=1, kind=arch.weight_memory, readers=2, writers=1)
+        m.submodules.activations = activations
+        m.submodules.weights = weights
 
         dma = (self._one_dma if arch.sequential else self._two_dmas)(m, fresh, control)
 
@@ -135,9 +124,8 @@ class Accelerator(wiring.Component):
         for client, port in zip((post.params, mac.w), weights.reads, strict=True):
             connect(m, client, port)
         if not arch.sequential:
-            m.d.comb += mac.w_ready_next.eq(weights.last_ready_next)
+            m.d.comb += [mac.w_ready_next.eq(weights.last_ready_next), post.params_wanted.eq(mac.w.valid)]
         connect(m, dma.weights, weights.writes[0])
-        m.d.comb += post.params_wanted.eq(mac.w.valid)
         connect(m, post.acc_read, mac.acc_read)
 
         # Bus
@@ -171,6 +159,12 @@ class Accelerator(wiring.Component):
         ]
         m.d.sync += control.progress.eq(Cat(beats).any())
         return m
+
+    def _buffer(self, *, banks: int, **parameters: Any) -> Any:
+        """For engines that work beside each other, or one after the other."""
+        if self.arch.sequential:
+            return SequentialBuffer(word_bits=self.arch.word_bits, **parameters)
+        return BankedBuffer(banks=banks, word_bits=self.arch.word_bits, checks=self.checks, **parameters)
 
     def _two_dmas(self, m: Module, fresh: ResetInserter, control: Any) -> "_Dma":
         """Engines of their own for LOAD and STORE."""

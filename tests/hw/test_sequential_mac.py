@@ -11,7 +11,7 @@ from nibblecore.arch.config import ArchConfig
 from nibblecore.arch.isa import Instruction, Opcode, make
 from nibblecore.arch.numerics import wrap
 from nibblecore_hw.core.sequential import PairedDot, SequentialMac
-from nibblecore_hw.layouts import ACC_READ_LATENCY, LAST_READ_LATENCY
+from nibblecore_hw.layouts import SEQUENTIAL_READ_LATENCY
 
 ARCH = ArchConfig(
     name="t", lanes=8, columns=4, acc_depth=16, post_lanes=1, act_depth=256, act_banks=1, weight_depth=256,
@@ -77,7 +77,7 @@ def test_instructions(seed: int) -> None:
 
     def memory(port: Any, words: list[int], refuse: bool) -> Any:
         async def bench(ctx: Any) -> None:
-            pipe: list[int] = [0] * LAST_READ_LATENCY
+            pipe: list[int] = [0] * SEQUENTIAL_READ_LATENCY
             async for _, _, valid, ready, addr in ctx.tick().sample(port.valid, port.ready, port.addr):
                 pipe = [words[addr] if valid and ready else rng.randrange(1 << 32), *pipe[:-1]]
                 ctx.set(port.data, pipe[-1])
@@ -101,13 +101,13 @@ def test_instructions(seed: int) -> None:
             dut.model(i, x=x, w=w, acc=acc)
             if seed == 0:
                 passes = i["kernel_y"] * i["kernel_x"] * i["bricks"]
-                assert cycles == passes * i["rows"] * i["cols"] * ARCH.columns + LAST_READ_LATENCY + 2
+                assert cycles == passes * i["rows"] * i["cols"] * ARCH.columns + SEQUENTIAL_READ_LATENCY + 2
             for pixel in range(i["rows"] * i["cols"]):
                 for column in range(ARCH.columns):
                     ctx.set(dut.acc_read.bank, i["acc_bank"])
                     ctx.set(dut.acc_read.addr, pixel)
                     ctx.set(dut.acc_read.group, column)
-                    for _ in range(ACC_READ_LATENCY):
+                    for _ in range(SEQUENTIAL_READ_LATENCY):
                         await ctx.tick()
                     got, want = ctx.get(dut.acc_read.data[0]), acc[i["acc_bank"]][pixel][column]
                     assert got == wrap(want, ARCH.acc_bits), f"seed {seed}: {i}, pixel {pixel}, column {column}"

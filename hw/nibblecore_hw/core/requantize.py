@@ -79,8 +79,8 @@ class RoundShiftClamp(wiring.Component):
     out: Signal
 
     def __init__(self, *, value_bits: int, shift_max: int) -> None:
-        if value_bits <= self._WINDOW:
-            raise ValueError(f"value_bits must be at least {self._WINDOW + 1}, not {value_bits!r}")
+        if value_bits <= self.WINDOW:
+            raise ValueError(f"value_bits must be at least {self.WINDOW + 1}, not {value_bits!r}")
         if not 2 <= shift_max <= 63:
             raise ValueError(f"shift_max must be in 2..63, not {shift_max!r}")
         code = signed(DIFFERENCE_BITS)
@@ -95,7 +95,7 @@ class RoundShiftClamp(wiring.Component):
             }
         )
 
-    _WINDOW = CODE_BITS + 2
+    WINDOW = CODE_BITS + 2
     """Bits of t: quotients within the sum of two 8-bit ranges, and the bit that rounds."""
 
     def elaborate(self, platform: object) -> Module:
@@ -107,7 +107,7 @@ class RoundShiftClamp(wiring.Component):
         middle = len(shift) // 2
         for bit in reversed(range(len(shift))):
             # Lower bits can still shift by 2**bit - 1.
-            value, dropped = self._halve(m, value, dropped, shift[bit], 1 << bit, keep=self._WINDOW + (1 << bit) - 1)
+            value, dropped = self.halve(m, value, dropped, shift[bit], 1 << bit, keep=self.WINDOW + (1 << bit) - 1)
             if bit in (middle, 0):
                 value_r = Signal(value.shape(), name=f"shifted_{bit}", reset_less=True)
                 dropped_r = Signal(name=f"dropped_{bit}", reset_less=True)
@@ -116,7 +116,7 @@ class RoundShiftClamp(wiring.Component):
                 value, dropped, shift = value_r, dropped_r, shift_r
 
         # |quotient| <= 2**9/2 and |zero| <= 2**7: the sum has as many bits as the window.
-        moved = Signal(signed(self._WINDOW), reset_less=True)
+        moved = Signal(signed(self.WINDOW), reset_less=True)
         dropped_m = Signal(reset_less=True)
         negative_m = Signal(reset_less=True)
         m.d.sync += [
@@ -135,7 +135,7 @@ class RoundShiftClamp(wiring.Component):
         return m
 
     @staticmethod
-    def _halve(m: Module, value: Value, dropped: Value, by: Value, amount: int, *, keep: int) -> tuple[Value, Value]:
+    def halve(m: Module, value: Value, dropped: Value, by: Value, amount: int, *, keep: int) -> tuple[Value, Value]:
         """One stage of the shifter: the low ``keep`` bits of ``value >> amount`` or ``value``, the top one the sign."""
         n, sign = len(value), value[-1]
 

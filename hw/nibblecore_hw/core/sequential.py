@@ -15,8 +15,7 @@ from nibblecore.arch.isa import LOCAL_ADDR_BITS, Instruction, Opcode
 from nibblecore.arch.numerics import wrap
 
 from ..layouts import (
-    ACC_READ_LATENCY,
-    LAST_READ_LATENCY,
+    SEQUENTIAL_READ_LATENCY,
     acc_read_port,
     command_signature,
     instruction_layout,
@@ -89,7 +88,7 @@ class SequentialMac(wiring.Component):
     to stay from ``command.valid`` to ``done_stb``, as nothing of it is copied.
 
     Cycles of an instruction, from the one in which its command transfers to ``done_stb``: ``passes * pixels * columns +
-    LAST_READ_LATENCY + 2``, and one more for each grant that is refused.
+    SEQUENTIAL_READ_LATENCY + 2``, and one more for each grant that is refused.
 
     Parameters
     ----------
@@ -214,7 +213,7 @@ class SequentialMac(wiring.Component):
             self.mac_bank.eq(self.x.valid & self.w.ready & ~self.x.ready),
         ]
 
-        # What was read arrives LAST_READ_LATENCY edges later.
+        # What was read arrives SEQUENTIAL_READ_LATENCY edges later.
         orders = data.StructLayout({"valid": 1, "inside": 1, "overwrite": 1, "pass_ends": 1})
         order = Signal(orders)
         m.d.comb += [
@@ -224,7 +223,7 @@ class SequentialMac(wiring.Component):
             order.pass_ends.eq(pass_ends),
         ]
         in_flight = []
-        for n in range(LAST_READ_LATENCY):
+        for n in range(SEQUENTIAL_READ_LATENCY):
             later = Signal(orders, name=f"order{n}")
             m.d.sync += later.eq(order)
             in_flight.append(later.valid)
@@ -250,12 +249,7 @@ class SequentialMac(wiring.Component):
             m.d.sync += place.eq(0)
         with m.Elif(order.valid):
             m.d.sync += place.eq(place + 1)
-        # The address of a drain waits, as it is narrower than its data.
-        drained: Value = Cat(self.acc_read.group, self.acc_read.addr, self.acc_read.bank)
-        for n in range(ACC_READ_LATENCY - 1):
-            later = Signal(len(read.addr), name=f"drained{n}", reset_less=True)
-            m.d.sync += later.eq(drained)
-            drained = later
+        drained = Cat(self.acc_read.group, self.acc_read.addr, self.acc_read.bank)
         shifted = Signal(signed(len(product) + 8))
         m.d.comb += [
             read.addr.eq(Mux(self.busy, Cat(place, i.acc_bank), drained)),

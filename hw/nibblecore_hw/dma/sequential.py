@@ -12,7 +12,7 @@ from nibblecore.arch.isa import INSTRUCTIONS, LoadTarget, Opcode
 from nibblecore.arch.regs import ErrorCause
 
 from ..layouts import (
-    READ_LATENCY,
+    SEQUENTIAL_READ_LATENCY,
     axi_read_signature,
     axi_write_signature,
     command_signature,
@@ -37,8 +37,8 @@ class SequentialDma(wiring.Component):
 
     Cycles: the first address is valid 2 cycles after the one in which a command transfers. A burst takes a cycle for
     its address, those of the bus, and 2 more before the next address. A word is written to its buffer in the cycle in
-    which its beat is taken; a word that is stored takes ``READ_LATENCY + 2`` cycles. ``done_stb`` comes 2 cycles after
-    the last beat of a LOAD or the last response of a STORE.
+    which its beat is taken; a word that is stored takes ``SEQUENTIAL_READ_LATENCY + 2`` cycles. ``done_stb``
+    comes 2 cycles after the last beat of a LOAD or the last response of a STORE.
 
     After an error, or once ``stop`` has been seen, no burst is started and nothing is written: R beats are dropped, W
     beats that are still due write nothing (WSTRB = 0; one that is being offered stays as it is). Only a reset leads out
@@ -226,7 +226,7 @@ class SequentialDma(wiring.Component):
             w.wlast.eq(last_beat),
             w.wstrb.eq(enabled.replicate(len(w.wstrb))),
         ]
-        arriving = Signal(READ_LATENCY)
+        arriving = Signal(SEQUENTIAL_READ_LATENCY)
 
         done, error = Signal(), Signal()
         cause = Signal(8, reset_less=True)

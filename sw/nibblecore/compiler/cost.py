@@ -82,8 +82,8 @@ class CostParameters:
     load_end: int = 2
     store_start: int = 9
     store_end: int = 1
-    store_word: int = 6
-    sequential_drain: int = 6
+    store_word: int = 3
+    sequential_drain: int = 3
     read_latency: int = 20
     write_latency: int = 20
     burst_interval: int = 2
@@ -138,6 +138,32 @@ def drain_cycles(arch: ArchConfig, pixels: int, bricks: int, mode: int, add_word
     return pixels * bricks * max(columns // arch.post_lanes * (2 if add_words else 1), MODE_WORDS[OutputMode(mode)])
 
 
+def sequential_post_cycles(i: Instruction, arch: ArchConfig) -> int:
+    """Cycles of POST and POOL in a core without queues, to their done pulse, with every tap of a POOL inside the map.
+
+    There is one address after the other, one column after the other: what a loop costs that moves on is the number of
+    places in memory that have to be looked at and written. A code takes 5 cycles, with a stored operand 9; a tap takes
+    one per lane and word.
+    """
+    is_pool = i.opcode is Opcode.POOL
+    rows, cols = i["rows"], i["cols"]
+    bricks = i["bricks"] if is_pool or arch.bricks_per_tile > 1 else 1
+    words = rows * cols * bricks
+    start, row, pixel, brick = (24, 24, 20, 16) if is_pool else (12, 8, 6, 4)
+    total = 1 + start + (rows - 1) * row + rows * (cols - 1) * pixel + rows * cols * (bricks - 1) * brick
+    if is_pool:
+        kernel_y, kernel_x, planes = i["kernel_y"], i["kernel_x"], 1 + i["wide"]
+        taps = kernel_y * kernel_x
+        moves = 9 * (kernel_y - 1) + 4 * kernel_y * (kernel_x - 1)
+        return total + words * (moves + taps * (2 + planes * (1 + arch.lanes)) + planes + 1)
+    columns = min(arch.lanes, arch.columns)
+    total += 3 * arch.param_words
+    if i["mode"] == OutputMode.RAW32:
+        return total + words * (2 + 3 * columns)
+    code, operand = (9, 2 * (1 + i["add_wide"])) if i["add"] else (5, 0)
+    return total + words * (operand + code * columns + 3 + MODE_WORDS[OutputMode(i["mode"])])
+
+
 @dataclasses.dataclass(frozen=True)
 class Timing:
     """Closed form of one instruction.
@@ -157,6 +183,8 @@ def timing(i: Instruction, arch: ArchConfig, cost: CostParameters = DEFAULT_COST
     if i.opcode is Opcode.MAC and arch.sequential:
         passes = i["kernel_y"] * i["kernel_x"] * i["bricks"]
         return Timing(1, passes * pass_cycles(arch, i["rows"] * i["cols"], cost), cost.sequential_drain)
+    if i.opcode in (Opcode.POST, Opcode.POOL) and arch.sequential:
+        return Timing(0, sequential_post_cycles(i, arch), 0)
     if i.opcode is Opcode.MAC:
         pixels, passes = i["rows"] * i["cols"], i["kernel_y"] * i["kernel_x"] * i["bricks"]
         busy = passes * pass_cycles(arch, pixels, cost)
