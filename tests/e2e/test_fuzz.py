@@ -22,11 +22,12 @@ def test_random_networks_on_rtl(name: str) -> None:
 
 @pytest.mark.cosim
 @pytest.mark.skipif(not has_icarus(), reason="Icarus is not installed")
-def test_second_simulator_agrees() -> None:
+@pytest.mark.parametrize(("name", "seeds"), [("fuzz-square", (1, 4, 8, 10)), ("fuzz-sequential", (1, 2, 4))])
+def test_second_simulator_agrees(name: str, seeds: tuple[int, ...]) -> None:
     """Icarus knows unknown values: nothing of the core may depend on what a register or memory holds at power-up."""
-    arch = FUZZ_ARCHS["fuzz-square"]
+    arch = FUZZ_ARCHS[name]
     with SimTransport(arch, simulator="icarus", memory_bytes=1 << 20) as rtl:
-        cases = [run_case(arch, seed, rtl) for seed in (1, 4, 8, 10)]
+        cases = [run_case(arch, seed, rtl) for seed in seeds]
     assert [c for c in cases if c.mismatch or c.refused] == []
 
 
