@@ -26,12 +26,12 @@ __all__ = ["SequentialPost", "SerialRequantizer"]
 
 
 class SerialRequantizer(wiring.Component):
-    """One requantization in :attr:`CYCLES` cycles, that of an addition in as many but one; nothing overlaps.
+    """One requantization, step by step, in :attr:`CYCLES` cycles and one to look at the code; nothing overlaps.
 
     The arithmetic is that of :class:`nibblecore_hw.core.requantize.RequantLane`, without its pipeline: whoever drives
-    it gives ``step``, one bit per cycle in the order of the members of ``STEPS``, and keeps all other inputs as they
-    are from the first step to the last. ``again`` takes the code of that step as the first term of an addition, and
-    ``multiply`` follows.
+    it raises ``add_stb``, ``multiply_stb``, ``shift_stb`` and ``round_stb`` in this order, one per cycle at most.
+    Behind them is ``code``. With ``again_stb`` it becomes, less ``zero``, the first term of an addition, to which
+    ``multiply_stb`` and what follows it lead once more.
 
     Parameters
     ----------
@@ -41,11 +41,11 @@ class SerialRequantizer(wiring.Component):
     Members
     -------
     acc, bias : In(signed(acc_bits)), In(signed(32))
-        Looked at in ``add``; so is ``mult``.
+        Looked at with ``add_stb``; so is ``mult``.
     mult, shift : In(signed(18)), In(unsigned(6))
-        ``shift`` is looked at in ``shift_stb``; on a second pass it is that of the addition, plus 16.
+        ``shift`` is looked at with ``shift_stb``; on a second pass it is that of the addition, plus 16.
     zero, low, high : In(signed(8))
-        Of this pass, looked at in ``round`` and behind it.
+        Of this pass, looked at with ``round_stb`` and behind it.
     k_a, k_b, b : In(signed(16)), In(signed(16)), In(signed(9))
         Factors of the addition; the stored code less its zero point. Looked at with ``again_stb``.
     add_stb, multiply_stb, shift_stb, round_stb, again_stb : In(1)
@@ -279,8 +279,11 @@ class SequentialPost(wiring.Component):
         read, write = memory.read_port(), memory.write_port()
         what, place = Signal(2, reset_less=True), Signal(3, reset_less=True)
         innermost = Signal(3)
-        more, total = Signal(LOCAL_ADDR_BITS), Signal(LOCAL_ADDR_BITS)
-        one = Signal()
+        step, total = Signal(LOCAL_ADDR_BITS), Signal(LOCAL_ADDR_BITS)
+        # How far the loop moves; 0 once a place has been looked at, and then `offset` says which word is meant. A
+        # register, as it is chosen from many fields, and goes on to the buffers' addresses.
+        more, offset = Signal(LOCAL_ADDR_BITS, reset_less=True), Signal(3)
+        one, one_more, next_place = Signal(), Signal(reset_less=True), Signal()
         looks = Signal()  # reads the innermost place of `seen`
         seen = Signal(2)
         placing = Signal()  # reads where `level` is
@@ -291,9 +294,12 @@ class SequentialPost(wiring.Component):
             write.addr.eq(Cat(place, what)),
             write.data.eq(total),
             read.en.eq(looks | placing),
-            total.eq(read.data + more + one),
+            one.eq(one_more | next_place),
+            total.eq(read.data + (more | offset) + one),
         ]
-        with m.If(moving), m.Switch(Cat(level, what)):
+        with m.If(looks | placing):
+            m.d.sync += [more.eq(step), one_more.eq(0)]
+        with m.If(placing), m.Switch(Cat(level, what)):
             cases: dict[tuple[int, int], Value] = {
                 (self._READ, self._START): pool.in_addr,
                 (self._READ, self._OY): pool.oy_step,
@@ -320,9 +326,9 @@ class SequentialPost(wiring.Component):
                 cases |= {(what_, self._BRICK): pool.brick_step for what_ in (self._READ, self._WRITE)}
             for (what_, level_), value in cases.items():
                 with m.Case(what_ << 3 | level_):
-                    m.d.comb += more.eq(value)
+                    m.d.comb += step.eq(value)
                     if level_ == self._START or what_ in (self._X, self._Y):
-                        m.d.comb += one.eq(1)
+                        m.d.sync += one_more.eq(1)
         # Coordinates are known to be inside where they are written.
         inside = Signal(2, reset_less=True)
         for n, limit in enumerate((pool.width, pool.height)):
@@ -427,8 +433,7 @@ class SequentialPost(wiring.Component):
         else:
             m.d.comb += self.act_write.mask.eq(1)
             number_raw = column
-        with m.If(~moving):
-            m.d.comb += more.eq(Mux(writes_raw, number_raw, plane & by_plane))
+        m.d.comb += offset.eq(Mux(writes_raw, number_raw, plane & by_plane))
         m.d.comb += [
             self.act_read.addr.eq(total),
             self.act_write.addr.eq(total),
@@ -476,7 +481,7 @@ class SequentialPost(wiring.Component):
                 with m.If(self.params.ready):
                     m.next = "RECORD_KEEP"
             with m.State("RECORD_KEEP"):
-                m.d.comb += [one.eq(1), write.en.eq(1), write.addr.eq(Cat(innermost, Const(self._RECORD, 2)))]
+                m.d.comb += [next_place.eq(1), write.en.eq(1), write.addr.eq(Cat(innermost, Const(self._RECORD, 2)))]
                 m.d.comb += [stored.eq(Mux(plane, 2, 1)), next_column.eq(plane)]
                 m.d.sync += plane.eq(~plane)
                 m.next = "RECORD"
