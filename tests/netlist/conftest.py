@@ -19,6 +19,7 @@ from nibblecore_hw.core.array import SystolicArray
 from nibblecore_hw.core.elements import ELEMENTS, make_element
 from nibblecore_hw.core.requantize import RequantLane
 from nibblecore_hw.mem.buffer import BankedBuffer
+from nibblecore_hw.mem.sequential import SequentialBuffer
 from nibblecore_hw.synth.devices import FpgaDevice, get_device
 from nibblecore_sim.netlist import Netlist, Player, Row, make_netlist
 
@@ -116,6 +117,12 @@ COMPONENTS: dict[str, Callable[[str], Any]] = {
     "buffer_words": buffer(depth=512, banks=1, word_bits=32, parts=1, kind="dual", readers=2, writers=1),
     "buffer_single": buffer(depth=1024, banks=1, word_bits=16, parts=4, kind="single", readers=2, writers=2),
     "buffer_single_banks": buffer(depth=1024, banks=2, word_bits=32, parts=8, kind="single", readers=3, writers=2),
+    "sequential_dual": lambda technology: SequentialBuffer(
+        depth=512, word_bits=32, parts=4, kind="dual", readers=3, writers=2
+    ),
+    "sequential_single": lambda technology: SequentialBuffer(
+        depth=1024, word_bits=32, parts=8, kind="single", readers=3, writers=2
+    ),
 }
 
 
@@ -155,7 +162,7 @@ def sum_of_products() -> type[SumOfProducts]:
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     device = get_device(request.param)
     # The ECP5 has no memory of one port; the shapes of memories are those of its block RAM, whose model is ours.
-    others = "memories" if device.family == "ice40" else "buffer_single"
+    others = ("memories",) if device.family == "ice40" else ("buffer_single", "sequential_single")
     names = [name for name in COMPONENTS if not name.startswith(others)]
     netlists = [make_netlist(COMPONENTS[name](device.technology), device, name=name) for name in names]
     (bitplane,) = (n for n in netlists if n.name == "element_bitplane")

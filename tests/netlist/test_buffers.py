@@ -178,6 +178,48 @@ def test_words_that_are_read_while_written_are_spoilt(bench: Any, name: str) -> 
     assert {i for _, i in wrong} == set(range(dut.readers))
 
 
+@pytest.mark.parametrize("name", ["sequential_dual", "sequential_single"])
+def test_buffer_of_a_core_without_queues(bench: Any, name: str) -> None:
+    """One client at a time; a word stands until the next one is read, in one-port memory until anything happens."""
+    if name not in bench.player.netlists:
+        pytest.skip(f"{bench.device.name} has no memory of one port")
+    depth, bits, parts = (1024, 32, 8) if name == "sequential_single" else (512, 32, 4)
+    part, full = bits // parts, (1 << parts) - 1
+    rng = random.Random(7)
+    few, memory = [rng.randrange(depth) for _ in range(16)], [0] * depth
+    rows: list[Port] = []
+    stands: list[int | None] = [None]  # in every cycle
+    for cycle in range(depth + 3000):
+        row: Port = {}
+        for i in range(3):
+            row |= {f"reads__{i}__addr": rng.randrange(depth)}
+        for j in range(2):
+            row |= {f"writes__{j}__addr": rng.randrange(depth), f"writes__{j}__data": rng.getrandbits(bits),
+                    f"writes__{j}__mask": rng.getrandbits(parts)}  # fmt: skip
+        word, addr, who = stands[-1], rng.choice(few), rng.randrange(8)
+        if cycle < depth or who < 2:
+            writer = cycle % 2
+            port, addr, mask = (
+                f"writes__{writer}",
+                *((cycle, full) if cycle < depth else (addr, rng.getrandbits(parts))),
+            )
+            row |= {f"{port}__valid": 1, f"{port}__addr": addr, f"{port}__mask": mask}
+            enabled = sum(((1 << part) - 1) << p * part for p in range(parts) if mask >> p & 1)
+            memory[addr] = memory[addr] & ~enabled | row[f"{port}__data"] & enabled
+            word = None if name == "sequential_single" else word
+        elif who < 5:
+            row |= {f"reads__{who - 2}__valid": 1, f"reads__{who - 2}__addr": addr}
+            word = memory[addr]
+        rows.append(row)
+        stands.append(word)
+    assert sum(word is not None for word in stands) > 1000
+    for cycle, got in enumerate(bench.play(name, rows)):
+        for i in range(3):
+            assert got[f"reads__{i}__ready"]
+            assert stands[cycle] in (None, got[f"reads__{i}__data"]), f"{name}, cycle {cycle}, reader {i}"
+        assert all(got[f"writes__{j}__ready"] for j in range(2))
+
+
 def test_block_ram_of_every_shape(bench: Any) -> None:
     if bench.device.family != "ecp5":
         pytest.skip("the model of another block RAM is Yosys'")

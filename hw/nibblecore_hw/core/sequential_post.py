@@ -165,7 +165,7 @@ class SequentialPost(wiring.Component):
     What :class:`nibblecore_hw.core.post.PostUnit` is to its neighbours, for cores without queues, with its
     :meth:`~nibblecore_hw.core.post.PostUnit.model`. Addresses and coordinates lie in a memory, and one adder moves them
     on; :meth:`cycles` says how long that takes. The instruction has to stay from ``command.valid`` to ``done_stb``, as
-    nothing of it is copied, and what a buffer has read has to stay until it reads again.
+    nothing of it is copied, and what a buffer has read has to stay until it reads or writes again.
 
     Parameters
     ----------

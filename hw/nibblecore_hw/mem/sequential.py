@@ -19,8 +19,9 @@ class SequentialBuffer(wiring.Component):
     """A memory of ``depth`` words, for clients of which no two ever ask in the same cycle: all are always granted.
 
     What :class:`nibblecore_hw.mem.buffer.BankedBuffer` is for cores whose engines work beside each other. A word stands
-    :attr:`LATENCY` edge after its grant, at every reader, and stays until the next grant of any of them. There is no
-    register but that of the memory.
+    :attr:`LATENCY` edge after its grant, at every reader, and stays until the next grant of any of them; in a
+    ``single`` memory until the next of a writer, too, as SPRAM that writes shows nothing defined. There is no register
+    but that of the memory.
 
     Parameters
     ----------
