@@ -346,3 +346,33 @@ def test_reads_of_regions_wait_for_the_core() -> None:
 def test_arguments() -> None:
     with pytest.raises(TypeError, match=r"^arch must be an ArchConfig, not 'small'$"):
         Csr(arch="small")  # type: ignore[arg-type]
+
+
+def test_without_queues_both_registers_of_a_region_are_there_until_the_next_look() -> None:
+    arch = ArchConfig(
+        name="t", lanes=8, columns=4, acc_depth=16, post_lanes=1, act_depth=256, act_banks=1, weight_depth=256,
+        bus_bits=32, burst_beats=8, queue_depth=0,
+    )  # fmt: skip
+    dut, rng = Csr(arch=arch), random.Random(12)
+
+    async def bench(ctx: SimulatorContext) -> None:
+        ctx.set(dut.s_axil.bready, 1)
+        wanted = [0] * (2 * REGIONS)
+        for _ in range(30):
+            n, value, strobes = rng.randrange(2 * REGIONS), rng.getrandbits(32), rng.randrange(16)
+            assert await write(ctx, dut.s_axil, REGISTERS[REGION_NAMES[n]].offset, value, strobes) == OKAY
+            mask = sum(0xFF << 8 * byte for byte in range(4) if strobes >> byte & 1)
+            wanted[n] = wanted[n] & ~mask | value & mask
+            region = rng.randrange(REGIONS)
+            ctx.set(dut.region_number, region)
+            ctx.set(dut.region_en, 1)
+            await ctx.tick()
+            ctx.set(dut.region_en, 0)
+            ctx.set(dut.region_number, rng.randrange(REGIONS))
+            n = rng.randrange(2 * REGIONS)
+            # A read of the host does not touch it.
+            assert await read(ctx, dut.s_axil, REGISTERS[REGION_NAMES[n]].offset) == (OKAY, wanted[n])
+            found = [ctx.get(dut.region.base), ctx.get(dut.region.size)]
+            assert found == wanted[2 * region : 2 * region + 2], "seed 12"
+
+    simulate(dut, bench, max_cycles=2000)

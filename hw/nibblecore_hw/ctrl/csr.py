@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from amaranth import Cat, Module, Mux, Signal, Value
+from amaranth import Cat, Const, Module, Mux, Signal, Value
 from amaranth.lib import wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Member, Out
@@ -85,10 +85,13 @@ class Csr(wiring.Component):
     fetch_region : Out(region_layout())
         What the registers of region 0 hold; not where ``arch.sequential``.
     region_en, region_number, region_size : In(1), In(3), In(1)
-        Look up a region's base, or its size: a read of the host waits for it.
+        Look up a region's base, or its size: a read of the host waits for it. Where ``arch.sequential`` there is no
+        ``region_size``, and nobody waits.
     region_word : Out(32)
-        What was asked for, in the same cycle; where ``arch.sequential`` in the next one, as the regions' registers then
-        lie in block RAM.
+        What was asked for, in the same cycle; not where ``arch.sequential``.
+    region : Out(region_layout())
+        Only where ``arch.sequential``: base and size of the region, from the cycle behind ``region_en`` to the next
+        one. They come from block RAM, of which there is enough, instead of registers.
     slot, count : In(4), In(32)
         From :class:`nibblecore_hw.ctrl.counters.Counters`, where there are counters.
 
@@ -104,6 +107,7 @@ class Csr(wiring.Component):
     region_number: Signal
     region_size: Signal
     region_word: Signal
+    region: Any
     slot: Signal
     count: Signal
 
@@ -134,7 +138,9 @@ class Csr(wiring.Component):
             members["slot"] = In(range(SLOTS))
             members["count"] = In(COUNTER_BITS)
         if arch.sequential:
-            del members["fetch_region"]
+            for name in ("fetch_region", "region_size", "region_word"):
+                del members[name]
+            members["region"] = Out(region_layout())
         super().__init__(members)
 
     def elaborate(self, platform: object) -> Module:
@@ -144,9 +150,27 @@ class Csr(wiring.Component):
         m.d.sync += cleared.eq(cleared + 1)
         with m.If(cleared == _PAGE - 1):
             m.d.sync += clearing.eq(0)
-        self._write(m, regions.write_port(granularity=8), clearing, cleared)
+        write = regions.write_port(granularity=8)
+        self._write(m, write, clearing, cleared)
         self._read(m, regions.read_port(domain="sync" if self._arch.sequential else "comb"), clearing)
+        if self._arch.sequential:
+            self._look_up(m, write)
         return m
+
+    def _look_up(self, m: Module, regions: Any) -> None:
+        """Copies of the regions' registers, from which both of one region are read at once."""
+        for n, (name, word) in enumerate((("bases", self.region.base), ("sizes", self.region.size))):
+            memory = Memory(shape=32, depth=REGIONS, init=[], attrs={"ram_style": "block"})
+            m.submodules[name] = memory
+            write, read = memory.write_port(granularity=8), memory.read_port()
+            m.d.comb += [
+                write.addr.eq(regions.addr[1:]),
+                write.data.eq(regions.data),
+                write.en.eq(Mux(regions.addr[0] == n, regions.en, 0)),
+                read.addr.eq(self.region_number),
+                read.en.eq(self.region_en),
+                word.eq(read.data),
+            ]
 
     def _write(self, m: Module, regions: Any, clearing: Signal, cleared: Signal) -> None:
         bus = self.s_axil
@@ -217,13 +241,16 @@ class Csr(wiring.Component):
 
         # First look the register up in every page, then choose the page and answer; a counter when it is its turn.
         looked_up, found, counter = Signal(), Signal(), Signal()
-        m.d.sync += [looked_up.eq(busy & ~clearing & ~self.region_en), found.eq(0), counter.eq(0)]
+        others = Const(0) if self._arch.sequential else self.region_en
+        m.d.sync += [looked_up.eq(busy & ~clearing & ~others), found.eq(0), counter.eq(0)]
         pages: dict[int, Value] = {_REGION_PAGE: regions.data}
-        m.d.comb += [
-            regions.addr.eq(Mux(self.region_en, Cat(self.region_size, self.region_number), index[:_PAGE_LOG2])),
-            self.region_word.eq(regions.data),
-        ]
-        if not self._arch.sequential:
+        if self._arch.sequential:
+            m.d.comb += regions.addr.eq(index[:_PAGE_LOG2])
+        else:
+            m.d.comb += [
+                regions.addr.eq(Mux(self.region_en, Cat(self.region_size, self.region_number), index[:_PAGE_LOG2])),
+                self.region_word.eq(regions.data),
+            ]
             pages[_REGION_PAGE] = Signal(32, name="page_regions", reset_less=True)
             m.d.sync += pages[_REGION_PAGE].eq(regions.data)
         with m.If(index[_PAGE_LOG2:] == _REGION_PAGE):

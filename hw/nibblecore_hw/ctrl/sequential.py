@@ -10,7 +10,7 @@ from nibblecore.arch.config import ArchConfig
 from nibblecore.arch.isa import INSTRUCTION_BITS, INSTRUCTION_BYTES, REGIONS, Engine, Opcode
 from nibblecore.arch.regs import ErrorCause, ErrorUnit
 
-from ..layouts import INDEX_BITS, REGION_BITS, axi_lite_signature, axi_read_signature, instruction_layout, region_layout
+from ..layouts import INDEX_BITS, axi_lite_signature, axi_read_signature, instruction_layout, region_layout
 from .control import DMA_ENGINES, connect_counters, connect_registers, engine_signature, stalls_layout
 from .csr import Csr
 from .decode import Decoder
@@ -22,8 +22,8 @@ from .supervisor import Supervisor
 class Sequencer(wiring.Component):
     """Fetch an instruction, have it run, fetch the next one.
 
-    Cycles, with ``n = 256 / bus_bits`` beats per instruction: the request is on the bus 3 cycles after ``start_stb``
-    or 4 after ``done_stb``; ``offer`` rises 3 cycles after the last beat, for a DMA engine 6. Where the program does
+    Cycles, with ``n = 256 / bus_bits`` beats per instruction: the request is on the bus 2 cycles after ``start_stb``
+    or 3 after ``done_stb``; ``offer`` rises 3 cycles after the last beat, for a DMA engine 4. Where the program does
     not begin at a multiple of 32 bytes, every instruction takes a second burst.
 
     Parameters
@@ -51,12 +51,10 @@ class Sequencer(wiring.Component):
         The instruction; stays from ``offer`` to ``done_stb``.
     index : Out(24)
         Its number.
-    region : Out(region_layout())
-        That of the instruction of a DMA engine; stays as ``word`` does.
-    region_en, region_number, region_size : Out(1), Out(3), Out(1)
-        To the registers: read that region's base, or its size.
-    region_word : In(32)
-        What they hold, in the next cycle.
+    region_en, region_number : Out(1), Out(3)
+        To the registers: look that region up, of the program or of the instruction of a DMA engine.
+    region : In(region_layout())
+        It, from the next cycle to the next ``region_en``.
     target : Out(4)
         One-hot: whose instruction it is.
     missing : In(1)
@@ -87,8 +85,6 @@ class Sequencer(wiring.Component):
     region: Any
     region_en: Signal
     region_number: Signal
-    region_size: Signal
-    region_word: Signal
     target: Signal
     missing: Signal
     blocked: Signal
@@ -115,11 +111,9 @@ class Sequencer(wiring.Component):
                 "ended": Out(1),
                 "word": Out(INSTRUCTION_BITS),
                 "index": Out(INDEX_BITS),
-                "region": Out(region_layout()),
+                "region": In(region_layout()),
                 "region_en": Out(1),
                 "region_number": Out(range(REGIONS)),
-                "region_size": Out(1),
-                "region_word": In(REGION_BITS),
                 "target": Out(len(Engine)),
                 "missing": In(1),
                 "blocked": In(1),
@@ -146,16 +140,11 @@ class Sequencer(wiring.Component):
         m.d.comb += [self.target[int(e)].eq(decoder.engine == int(e)) for e in Engine]
 
         # A region: that of the program, or of the instruction.
-        region = Signal(2 * REGION_BITS, reset_less=True)
-        of_program, region_arrives = Signal(init=1), Signal()
-        m.d.comb += self.region.as_value().eq(region)
+        of_program = Signal(init=1)
         with m.If(~of_program):
             for e in DMA_ENGINES:
                 with m.If(self.target[int(e)]):
                     m.d.comb += self.region_number.eq(instruction_layout(Opcode[e.name])(word).region)
-        with m.If(region_arrives):
-            # The base comes first, and moves down.
-            m.d.sync += region.eq(Cat(region, self.region_word)[REGION_BITS:])
 
         # An instruction comes in one burst, or in two where it lies across a multiple of its size.
         beat_log2 = (arch.bus_bytes - 1).bit_length()
@@ -191,15 +180,9 @@ class Sequencer(wiring.Component):
         with m.FSM(name="sequence"):
             with m.State("STOPPED"), m.If(self.start_stb):
                 m.d.sync += [self.index.eq(0), self.ended.eq(0), of_program.eq(1)]
-                m.next = "BASE"
-            with m.State("BASE"):
-                m.d.comb += self.region_en.eq(1)
-                m.next = "SIZE"
-            with m.State("SIZE"):
-                m.d.comb += [self.region_en.eq(1), self.region_size.eq(1), region_arrives.eq(1)]
                 m.next = "REGION"
             with m.State("REGION"):
-                m.d.comb += region_arrives.eq(1)
+                m.d.comb += self.region_en.eq(1)
                 m.d.sync += [second.eq(0), bad.eq(0)]
                 with m.If(of_program):
                     m.next = "REQUEST"
@@ -233,7 +216,7 @@ class Sequencer(wiring.Component):
                     m.next = "STOPPED"
                 with m.Elif(Cat(self.target[int(e)] for e in DMA_ENGINES).any()):
                     m.d.sync += of_program.eq(0)
-                    m.next = "BASE"
+                    m.next = "REGION"
                 with m.Else():
                     m.next = "WAIT"
             with m.State("WAIT"):
@@ -257,7 +240,7 @@ class Sequencer(wiring.Component):
                 with m.Elif(~self.blocked):
                     m.d.comb += self.signal_stb.eq(1)
                     m.d.sync += [self.index.eq(self.index + 1), of_program.eq(1)]
-                    m.next = "BASE"
+                    m.next = "REGION"
         return m
 
 
@@ -370,7 +353,7 @@ class SequentialControl(wiring.Component):
             if e in DMA_ENGINES:
                 idle.append(port.idle)
                 m.d.comb += [
-                    port.region.eq(sequencer.region),
+                    port.region.eq(csr.region),
                     supervisor.error_stb[n].eq(port.error_stb),
                     supervisor.error_cause[n].eq(port.error_cause),
                 ]
@@ -378,8 +361,7 @@ class SequentialControl(wiring.Component):
         m.d.comb += [
             csr.region_en.eq(sequencer.region_en),
             csr.region_number.eq(sequencer.region_number),
-            csr.region_size.eq(sequencer.region_size),
-            sequencer.region_word.eq(csr.region_word),
+            sequencer.region.eq(csr.region),
             sequencer.start_stb.eq(supervisor.start_stb),
             sequencer.stop.eq(supervisor.stop),
             sequencer.missing.eq(missing.any()),
