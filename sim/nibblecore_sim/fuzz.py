@@ -37,6 +37,8 @@ FUZZ_ARCHS: Final[dict[str, ArchConfig]] = {
         ArchConfig(name="fuzz-narrow", lanes=16, columns=4, element="dsp", acc_depth=32, post_lanes=2, act_depth=256,
                    act_banks=1, act_memory="single", weight_depth=256, weight_memory="single", bus_bits=64,
                    burst_beats=4, outstanding=1, queue_depth=4),
+        ArchConfig(name="fuzz-reload", lanes=8, columns=8, element="lutram", acc_depth=32, post_lanes=2, act_depth=512,
+                   act_banks=2, weight_depth=256, bus_bits=64, burst_beats=8, queue_depth=2),
         ArchConfig(name="fuzz-sequential", lanes=8, columns=4, acc_depth=32, post_lanes=1, act_depth=512, act_banks=1,
                    act_memory="single", weight_depth=256, weight_memory="single", bus_bits=32, burst_beats=8,
                    outstanding=1, queue_depth=0, semaphore_bits=2),

@@ -34,7 +34,7 @@ def config(**changes: object) -> ArchConfig:
             {"bus_bits": 32, "burst_beats": 1},
             "burst_beats=1 is less than the 2 beats of 32 bits that a word of 64 bits takes",
         ),
-        ({"element": "magic"}, "element must be one of generic, bitplane, lutram2, dsp, not 'magic'"),
+        ({"element": "magic"}, "element must be one of generic, bitplane, lutram, lutram2, dsp, not 'magic'"),
         ({"dsp_columns": True}, "dsp_columns must be an integer, not True"),
         ({"dsp_columns": 12}, "dsp_columns must be a multiple of 2 * post_lanes = 8 below columns=16, not 12"),
         ({"dsp_columns": -8}, "dsp_columns must be a multiple of 2 * post_lanes = 8 below columns=16, not -8"),

@@ -3,14 +3,14 @@
 import pytest
 
 from nibblecore.arch.config import ELEMENT_WEIGHT_RANGE, get_arch
-from nibblecore.arch.elements import ElementTiming, element_timing, tile_cycles
+from nibblecore.arch.elements import TABLE_BANKS, ElementTiming, element_timing, swap_cycles, tile_cycles
 
 
-@pytest.mark.parametrize("element", [kind for kind in ELEMENT_WEIGHT_RANGE if kind != "lutram2"])
+@pytest.mark.parametrize("element", [kind for kind in ELEMENT_WEIGHT_RANGE if kind not in TABLE_BANKS])
 def test_a_word_per_cycle(element: str) -> None:
     arch = get_arch("small").replace(element=element)
-    assert element_timing(arch) == ElementTiming(load_interval=1, load_cycles=0, fill_columns=0)
-    assert tile_cycles(arch) == 16
+    assert element_timing(arch) == ElementTiming(load_interval=1, load_cycles=0, fill_columns=0, table_banks=0)
+    assert tile_cycles(arch) == swap_cycles(arch, 1000) == 16
 
 
 @pytest.mark.parametrize(
@@ -19,8 +19,26 @@ def test_a_word_per_cycle(element: str) -> None:
 def test_tables(name: str, interval: int, fill_columns: int, cycles: int) -> None:
     """A tile of 7 x 7 pixels hides the fill of ``small`` and ``large``."""
     arch = get_arch(name).replace(element="lutram2")
-    assert element_timing(arch) == ElementTiming(load_interval=interval, load_cycles=12, fill_columns=fill_columns)
+    assert element_timing(arch) == ElementTiming(
+        load_interval=interval, load_cycles=12, fill_columns=fill_columns, table_banks=2
+    )
+    assert tile_cycles(arch) == swap_cycles(arch, 1000) == cycles
+
+
+@pytest.mark.parametrize(
+    ("name", "interval", "fill_columns", "cycles", "waiting"),
+    [("small", 4, 4, 81, 68), ("large", 2, 8, 83, 68), ("xlarge", 2, 8, 147, 132)],
+)
+def test_one_table_waits_for_the_last_pixel(
+    name: str, interval: int, fill_columns: int, cycles: int, waiting: int
+) -> None:
+    arch = get_arch(name).replace(element="lutram")
+    assert element_timing(arch) == ElementTiming(
+        load_interval=interval, load_cycles=20, fill_columns=fill_columns, table_banks=1, overlaps=False
+    )
     assert tile_cycles(arch) == cycles
+    assert swap_cycles(arch, 1) == cycles
+    assert swap_cycles(arch, 100) == 100 + waiting
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,16 @@ def test_a_tile_of_tables_takes_longer() -> None:
     assert timing(small, tables).lead == 43
 
 
+def test_one_table_is_filled_behind_the_last_pixel() -> None:
+    tables = ARCH.replace(element="lutram")
+    small = make(Opcode.MAC, rows=2, cols=2, bricks=4, w_step=16)
+    assert timing(MAC, tables).busy == 36 * (64 + 68)
+    assert timing(small, tables).busy == 4 * 81
+    assert timing(small, tables).lead == 81
+    # Done when the last pixel is, though no other one may follow at once.
+    assert timing(MAC, tables).tail == timing(MAC, ARCH).tail - 68
+
+
 @pytest.mark.parametrize(("prefetch", "gap"), [(True, 0), (False, 16)])
 def test_macs_follow_each_other(prefetch: bool, gap: int) -> None:
     spans = simulate([MAC, MAC, MAC, make(Opcode.END)], ARCH, CostParameters(mac_prefetch=prefetch))

@@ -22,6 +22,7 @@ MODELS = Path(elements.__path__[0]) / "ecp5_models.v"
     [
         ArchConfig(name="dsp", lanes=8, columns=8, post_lanes=2, element="dsp"),
         ArchConfig(name="tables", lanes=8, columns=8, post_lanes=2, element="lutram2"),
+        ArchConfig(name="one_table", lanes=8, columns=8, post_lanes=2, element="lutram"),
         ArchConfig(name="mix", lanes=4, columns=16, post_lanes=4, element="bitplane", dsp_columns=8),
     ],
     ids=lambda arch: arch.name,
@@ -40,6 +41,8 @@ def test_random_passes(tmp_path: Path, arch: ArchConfig) -> None:
         "lowest_weight": arch.weight_range[0],
         "highest_weight": arch.weight_range[1],
         "tile_cycles": tile_cycles(arch),
+        "fill_columns": element_timing(arch).fill_columns,
+        "overlaps": element_timing(arch).overlaps,
         "load_interval": element_timing(arch).load_interval,
         "load_cycles": element_timing(arch).load_cycles,
     }

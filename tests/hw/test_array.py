@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from nibblecore.arch.config import ArchConfig
-from nibblecore.arch.elements import element_timing, tile_cycles
+from nibblecore.arch.elements import element_timing, swap_cycles, tile_cycles
 from nibblecore_hw.core.accumulate import Accumulators, EitherAdder
 from nibblecore_hw.core.array import SystolicArray
 from nibblecore_hw.layouts import ACC_READ_LATENCY
@@ -47,6 +47,12 @@ ARRAYS = {
     "tables_two_groups_at_once": config(8, 32, post_lanes=4, element="lutram2"),
     "tables_one_column": config(4, 1, post_lanes=1, element="lutram2"),
     "tables_mix": config(4, 16, element="lutram2", dsp_columns=8),
+    "one_table": config(4, 4, element="lutram"),
+    "one_table_narrow": config(8, 2, post_lanes=1, element="lutram"),
+    "one_table_wide": config(4, 8, post_lanes=4, element="lutram"),
+    "one_table_two_groups_at_once": config(8, 32, post_lanes=4, element="lutram"),
+    "one_table_one_column": config(4, 1, post_lanes=1, element="lutram"),
+    "one_table_mix": config(4, 16, element="lutram", dsp_columns=8),
     "mix_of_many": config(4, 16, element="generic", dsp_columns=12),
 }
 
@@ -55,6 +61,8 @@ ARRAYS = {
 @pytest.mark.parametrize("gaps", [False, True])
 def test_sums_in_the_documented_cycle_while_the_next_tile_loads(kind: str, gaps: bool) -> None:
     """Passes of exactly ``tile_cycles`` pixels, each with a new tile: the closest that loads and swaps can be.
+
+    Where loading does not overlap, the words that fill tables come right behind the last pixel.
 
     With ``gaps``, passes of any length, followed by cycles without pixels, and loads that come as late as they may.
     """
@@ -76,6 +84,9 @@ def test_sums_in_the_documented_cycle_while_the_next_tile_loads(kind: str, gaps:
         spare = rng.randrange(6) if gaps else 0
         late = sorted(rng.choices(range(spare + 1), k=columns))
         chosen = [cycle + 1 + column * timing.load_interval + late[column] for column in range(columns)]
+        if pixels and not timing.overlaps:
+            held = max(0, max(pixels) + 1 - chosen[timing.fill_columns - 1])
+            chosen[timing.fill_columns - 1 :] = [slot + held for slot in chosen[timing.fill_columns - 1 :]]
         loads |= {slot: (n, column) for column, slot in enumerate(chosen)}
         cycle = chosen[-1] + timing.load_cycles + (rng.randrange(3) if gaps and rng.random() < 0.5 else 0)
         if pixels and (gaps or paired):
@@ -84,6 +95,8 @@ def test_sums_in_the_documented_cycle_while_the_next_tile_loads(kind: str, gaps:
             cycle = max(cycle, last + 1)
             if paired and cycle == last + 1 and (cycle - max(swaps)) % 2:
                 cycle += 1
+        if pixels and not gaps and not timing.overlaps:
+            assert cycle - max(swaps) == swap_cycles(arch, len(pixels) // n)
         swaps.add(cycle)
         length = rng.randint(1, 2 * columns) if gaps else tile_cycles(arch)
         pixels |= {slot: n for slot in range(cycle, cycle + length) if slot == cycle or not gaps or rng.random() < 0.8}

@@ -10,7 +10,7 @@ import pytest
 from amaranth import ResetInserter, Signal
 
 from nibblecore.arch.config import ArchConfig
-from nibblecore.arch.elements import tile_cycles
+from nibblecore.arch.elements import swap_cycles, tile_cycles
 from nibblecore.arch.isa import Instruction, Opcode, encode, make
 from nibblecore_hw.core.mac import MacEngine
 from nibblecore_hw.layouts import ACC_READ_LATENCY, LAST_READ_LATENCY
@@ -41,6 +41,9 @@ CONFIGS = {
     "dsp": config(4, 4, element="dsp"),
     "tables": config(4, 4, element="lutram2"),
     "tables_mix": config(4, 8, element="lutram2", dsp_columns=4),
+    "one_table": config(4, 4, element="lutram"),
+    "one_table_single": config(8, 8, post_lanes=1, element="lutram", act_memory="single", weight_memory="single"),
+    "one_table_mix": config(4, 8, element="lutram", dsp_columns=4),
     "mix": config(4, 8, element="bitplane", dsp_columns=4),
 }
 
@@ -334,7 +337,7 @@ def test_cycles_of_the_documentation(kind: str, offer_gap: int) -> None:
         pixels = pixels_of(i)
         for _ in range(passes_of(i)):
             entered += range(begin, begin + pixels)
-            begin += max(pixels + pixels % 2 * (arch.paired_columns > 0), tile_cycles(arch), engine.HAZARD)
+            begin += max(pixels + pixels % 2 * (arch.paired_columns > 0), swap_cycles(arch, pixels), engine.HAZARD)
         done.append(entered[-1] + engine.drain_cycles)
     assert trace.entered == entered
     assert trace.done == done

@@ -28,7 +28,9 @@ class SystolicArray(wiring.Component):
       after the previous tile's swap, ``load_interval`` cycles apart or more, and its own swap may come ``load_cycles``
       cycles after its last load or later: a tile needs :func:`~nibblecore.arch.elements.tile_cycles`, and nothing is
       lost between tiles. Where ``load_cycles`` is not 0 (:func:`~nibblecore.arch.elements.element_timing`), every swap
-      needs a tile of its own, with its columns in ascending order.
+      needs a tile of its own, with its columns in ascending order. Without ``overlaps``, the array works or loads: from
+      the cycle of the load of column ``fill_columns - 1`` to that before the swap, activations give no sums that mean
+      something. :func:`~nibblecore.arch.elements.swap_cycles` is what that takes.
 
     If some columns are ``dsp`` elements (``arch.paired_columns``), the activations of a cycle with ``swap_stb`` and of
     the next make a pair, and so do those of every two cycles that follow, up to the next swap. A swap may come at any
@@ -76,7 +78,12 @@ class SystolicArray(wiring.Component):
         self._tables: list[TableColumns] = []
         if self._timing.fill_columns:
             self._tables = [
-                TableColumns(lanes=arch.lanes, columns=arch.post_lanes, technology=technology)
+                TableColumns(
+                    lanes=arch.lanes,
+                    columns=arch.post_lanes,
+                    technology=technology,
+                    banks=self._timing.table_banks,
+                )
                 for _ in range(plain_columns // arch.post_lanes)
             ]
             self._fill = TableFill(
@@ -84,6 +91,7 @@ class SystolicArray(wiring.Component):
                 columns=self._timing.fill_columns,
                 tag_bits=ceil_log2(arch.columns) - ceil_log2(self._timing.fill_columns),
                 technology=technology,
+                banks=self._timing.table_banks,
             )
         else:
             self._elements = [
@@ -192,7 +200,7 @@ class SystolicArray(wiring.Component):
         coded = Signal(arch.word_bits, name="coded0", reset_less=True)
         bank, swap = Signal(name="bank0", reset_less=True), Signal(name="table_swap0")
         m.d.sync += [
-            coded.eq(code_activations(self.activations)),
+            coded.eq(code_activations(self.activations, banks=self._timing.table_banks)),
             bank.eq(bank ^ self.swap_stb),
             swap.eq(self.swap_stb),
         ]
@@ -200,8 +208,10 @@ class SystolicArray(wiring.Component):
             fill.weights.eq(self.weights),
             Cat(fill.column, fill.tag).eq(self.column),
             fill.load_stb.eq(self.load_stb),
-            fill.bank.eq(bank),
         ]
+        banks = self._timing.table_banks
+        if banks == 2:
+            m.d.comb += fill.bank.eq(bank)
         # Of a block of columns, every group takes its own.
         parts = fill.columns // arch.post_lanes
         blocks = arch.columns // fill.columns
@@ -225,18 +235,21 @@ class SystolicArray(wiring.Component):
             m.submodules[f"group{group}"] = table
             m.d.comb += [
                 table.activations.eq(coded),
-                table.bank.eq(bank),
-                table.swap_stb.eq(swap),
                 table.write.index.eq(write.index),
-                table.write.bank.eq(write.bank),
                 *(
                     table.write.entries[n].eq(Cat(entries[column] for column in own))
                     for n, entries in enumerate(write.entries)
                 ),
-                table.write.odd.eq(Cat(write.odd[column] for column in own)),
                 table.write.base.eq(Cat(write.base[column] for column in own)),
                 table.write_stb.eq(write_stb & (write.tag == group // parts if blocks > 1 else 1)),
             ]
+            if banks == 2:
+                m.d.comb += [
+                    table.bank.eq(bank),
+                    table.swap_stb.eq(swap),
+                    table.write.bank.eq(write.bank),
+                    table.write.odd.eq(Cat(write.odd[column] for column in own)),
+                ]
             sums = self.sums.as_value().word_select(group, arch.post_lanes * self.sum_bits)
             m.d.comb += sums.eq(table.sums)
 

@@ -10,7 +10,7 @@ from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2
 
 from nibblecore.arch.config import ArchConfig
-from nibblecore.arch.elements import element_timing, tile_cycles
+from nibblecore.arch.elements import element_timing, swap_cycles, tile_cycles
 from nibblecore.arch.isa import LOCAL_ADDR_BITS, Instruction, Opcode
 from nibblecore.arch.numerics import wrap
 
@@ -28,9 +28,9 @@ _TAG = data.StructLayout({"accumulate": 1, "bank": 1, "shift": 2, "pad": 4})
 class MacEngine(wiring.Component):
     """Executes MAC instructions: one weight tile per pass, one pixel per cycle.
 
-    Cycles, where no bank is lost and every read is granted at once, with ``P = max(pixels, tile_cycles, HAZARD)`` of a
+    Cycles, where no bank is lost and every read is granted at once, with ``P = max(pixels, swap_cycles, HAZARD)`` of a
     tile of ``pixels = rows * cols``, made even where the core has ``dsp`` elements, which take pixels in pairs, and
-    ``tile_cycles`` of :func:`nibblecore.arch.elements.tile_cycles`, which are ``columns`` for elements without tables:
+    ``swap_cycles`` of :func:`nibblecore.arch.elements.swap_cycles`, which are ``columns`` for elements without tables:
 
     - A pass takes ``P`` cycles from its first pixel to that of the next pass. So does the last pass of an instruction
       to the first pixel of the next one, whose first tile is fetched meanwhile, if that command is offered
@@ -134,8 +134,8 @@ class MacEngine(wiring.Component):
     def pass_cycles(self, *, pixels: int) -> int:
         """Cycles of a pass over a tile of so many pixels."""
         if self._arch.paired_columns:
-            pixels += pixels % 2
-        return max(pixels, tile_cycles(self._arch), self.HAZARD)
+            return max(pixels + pixels % 2, swap_cycles(self._arch, pixels), self.HAZARD)
+        return max(pixels, swap_cycles(self._arch, pixels), self.HAZARD)
 
     def cycles(self, *, pixels: int, passes: int) -> int:
         """Cycles of one instruction from idle, from its first cycle with ``command.valid`` to its ``done_stb``."""
@@ -233,14 +233,18 @@ class MacEngine(wiring.Component):
         resting = Signal()  # rest != 0
         rest = Signal(range(timing.load_interval))
         settle = Signal(range(timing.load_cycles + 1))
+        # Where tables cannot be filled in use, the word that begins to fill them waits for the last pixel.
+        in_use, is_held = Signal(), Signal(init=timing.fill_columns == 1)
+        waits = Signal()
         next_tile = Signal.like(tile, reset_less=True)  # as a register: a tile is in use for HAZARD cycles
         is_first = Signal()  # the next tile is the first one of an instruction
         m.d.comb += [
             self.w.addr.eq(address),
-            self.w.valid.eq(fetches & ~resting),
+            waits.eq(resting | (in_use & is_held)),
+            self.w.valid.eq(fetches & ~waits),
             granted.eq(self.w.valid & self.w.ready),
             # The last column is only due while words are fetched.
-            tile_ends.eq(self.w.ready & (is_last if arch.columns > 1 else fetches) & ~resting),
+            tile_ends.eq(self.w.ready & (is_last if arch.columns > 1 else fetches) & ~waits),
             tile_there.eq(complete if timing.load_cycles else complete | tile_ends),
             tile_begins.eq(enters & pass_begins),
             offered.eq(self.command.valid & ~weights_taken),
@@ -265,6 +269,11 @@ class MacEngine(wiring.Component):
                 column.eq(column + 1),
                 is_last.eq(column == (arch.columns - 2) % arch.columns),
             ]
+        if not timing.overlaps:
+            with m.If(granted):
+                m.d.sync += is_held.eq(column == (timing.fill_columns - 2) % arch.columns)
+            with m.If(enters & (pass_begins | pass_ends)):
+                m.d.sync += in_use.eq(~pass_ends)
         if timing.load_interval > 1:
             with m.If(granted):
                 m.d.sync += [rest.eq(timing.load_interval - 1), resting.eq(1)]

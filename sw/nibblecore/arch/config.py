@@ -12,6 +12,7 @@ MemoryKind = Literal["dual", "single"]
 ELEMENT_WEIGHT_RANGE: Final[dict[str, tuple[int, int]]] = {
     "generic": (-8, 7),
     "bitplane": (-8, 7),
+    "lutram": (-7, 7),
     "lutram2": (-8, 7),
     "dsp": (-7, 7),
 }

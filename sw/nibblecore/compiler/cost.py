@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from ..arch.config import ArchConfig
-from ..arch.elements import tile_cycles
+from ..arch.elements import swap_cycles, tile_cycles
 from ..arch.isa import INSTRUCTION_BYTES, Engine, Instruction, LoadTarget, Opcode, OutputMode, engines_in
 
 if TYPE_CHECKING:
@@ -100,8 +100,11 @@ def transfer_cycles(arch: ArchConfig, rows: int, words: int, cost: CostParameter
 
 
 def pass_cycles(arch: ArchConfig, pixels: int, cost: CostParameters = DEFAULT_COST) -> int:
-    """Cycles of one pass of a tile of ``pixels`` pixels: the next weight tile loads meanwhile."""
-    return max(free_pass_cycles(arch, pixels, cost), tile_cycles(arch))
+    """Cycles of one pass of a tile of ``pixels`` pixels, to the first one of the next pass with its weight tile.
+
+    That tile loads meanwhile, or behind the last pixel where elements have only one table.
+    """
+    return max(free_pass_cycles(arch, pixels, cost), swap_cycles(arch, pixels))
 
 
 def free_pass_cycles(arch: ArchConfig, pixels: int, cost: CostParameters = DEFAULT_COST) -> int:

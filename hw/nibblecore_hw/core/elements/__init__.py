@@ -7,11 +7,12 @@ from .base import TECHNOLOGIES, DotElement, check_technology
 from .bitplane import BitplaneDot
 from .dsp import DspHead, DspQuad
 from .generic import GenericDot
-from .lutram import LutramDot, TableColumns, TableFill, code_activations
+from .lutram import LutramDot, OneBankLutramDot, TableColumns, TableFill, code_activations
 
 ELEMENTS: Final[dict[str, type[DotElement]]] = {
     "generic": GenericDot,
     "bitplane": BitplaneDot,
+    "lutram": OneBankLutramDot,
     "lutram2": LutramDot,
 }
 """Elements of one column, by the name that ``ArchConfig.element`` gives them. Those of ``dsp`` are :class:`DspQuad`."""
@@ -54,6 +55,7 @@ __all__ = [
     "DspQuad",
     "GenericDot",
     "LutramDot",
+    "OneBankLutramDot",
     "TableColumns",
     "TableFill",
     "code_activations",

@@ -39,7 +39,9 @@ class DotElement(wiring.Component, abc.ABC):
     the active one works. ``load_stb`` writes the shadow, ``swap_stb`` makes the shadow active; the activations that
     come with ``swap_stb`` are the first to meet the new weights. Both may come in one cycle: the swap takes the shadow
     as it was, the load replaces it. A swap leaves the shadow as it is, so that a second swap changes nothing. Where
-    :attr:`load_cycles` is more than 1, the sequencer issues neither a swap nor another load within that time.
+    :attr:`load_cycles` is more than 1, the sequencer issues neither a swap nor another load within that time. Without
+    :attr:`OVERLAPS`, the shadow takes the place of the active weights: sums mean nothing from the activations on that
+    come after ``load_stb`` to those before ``swap_stb``.
 
     The weights are 0 after power-up; a reset changes no weight. ``sum`` is arbitrary until :attr:`latency` cycles after
     power-up.
@@ -73,6 +75,8 @@ class DotElement(wiring.Component, abc.ABC):
 
     WEIGHT_RANGE: ClassVar[tuple[int, int]] = (-8, 7)
     PIXELS: ClassVar[int] = 1
+    OVERLAPS: ClassVar[bool] = True
+    """Whether the active weights work while the shadow is loaded."""
     ACTIVATION_POLARITY: ClassVar[int] = 0
     """Bits of every activation that the element inverts as it stores them."""
     WEIGHT_POLARITY: ClassVar[int] = 0

@@ -39,7 +39,10 @@ class Product:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Bit ``bit`` of the table of lane group ``group`` for activation bit ``plane``, complemented with its sign."""
+    """Bit ``bit`` of the table of lane group ``group`` for activation bit ``plane``, complemented with its sign.
+
+    Where the table has sums of all signs, it is complemented in planes 0..2.
+    """
 
     group: int
     plane: int
@@ -177,18 +180,22 @@ TABLE_BITS: Final = 5
 """Bits of a table's entry."""
 
 
-def table_constant(lanes: int) -> int:
+def table_constant(lanes: int, banks: int) -> int:
     """What the leaves of a dot product by tables add too much, as a number to subtract.
 
     Each of ``lanes // 4`` groups adds 16 per plane for an inverted sign bit, which is ``16 * (1 + 2 + 4 + 8)``, and 16
-    for a base that is never negative.
+    for a base that is never negative. With one bank, three planes enter as ``31 - E_k``, which is ``31 * (1 + 2 + 4)``
+    too much, and the base is 31 more than it should be.
     """
-    return lanes // 4 * 256
+    return lanes // 4 * (248 if banks == 1 else 256)
 
 
-def base_bits(lanes: int) -> int:
-    """Width of the base of a dot product by tables, which is in ``2 * groups .. 32 * groups``."""
-    return (32 * (lanes // 4)).bit_length()
+def base_bits(lanes: int, banks: int) -> int:
+    """Width of the base of a dot product by tables.
+
+    It is in ``2 * groups .. 32 * groups``, or, with one bank and weights of -7..7, in ``groups .. 29 * groups``.
+    """
+    return ((29 if banks == 1 else 32) * (lanes // 4)).bit_length()
 
 
 def second_operand(bit: Bit) -> bool:
@@ -340,17 +347,18 @@ def plan_dot(*, lanes: int, levels_per_stage: int) -> Plan:
 
 
 @functools.cache
-def plan_tables(*, lanes: int, levels_per_stage: int) -> Plan:
-    """The same for table entries of groups of four lanes, their corrections and a base.
+def plan_tables(*, lanes: int, levels_per_stage: int, banks: int = 2) -> Plan:
+    """The same for table entries of groups of four lanes, their corrections if there are two banks, and a base.
 
     ``lanes`` is a power of two of at least 4.
     """
     leaves: list[Leaf] = []
     for group, plane in itertools.product(range(lanes // 4), range(4)):
         leaves += [Entry(group, plane, bit) for bit in range(TABLE_BITS)]
-        leaves.append(Correction(group, plane))
-    leaves += [Base(bit) for bit in range(base_bits(lanes))]
-    return _cheapest(lanes, leaves, table_constant(lanes), levels_per_stage)
+        if banks == 2:
+            leaves.append(Correction(group, plane))
+    leaves += [Base(bit) for bit in range(base_bits(lanes, banks))]
+    return _cheapest(lanes, leaves, table_constant(lanes, banks), levels_per_stage)
 
 
 def _cheapest(lanes: int, leaves: Sequence[Leaf], surplus: int, levels_per_stage: int) -> Plan:

@@ -18,11 +18,24 @@ signs are the other way round, and where ``S`` is odd the two halves that roundi
 Left over is the *base* ``-ceil(S / 2)`` of each group, which the activations do not change.
 
 Entries, signs, corrections and the base are the leaves of :func:`.heap.plan_tables`: 6 bits per lane instead of the 16
-bit products of :mod:`.bitplane`, and columns with common activations share the fourth bits of LUT RAMs that are 4 wide.
+bit products of :mod:`.bitplane`, and columns with common activations share LUT RAMs, which are 4 bits wide.
+
+With only one *bank*, a table may fill its LUT RAM: 16 sums, of all signs, addressed by four bits of activations. With
+
+    E = 16 + ceil(S / 2) - b_0 * w_0 - b_1 * w_1 - b_2 * w_2 - b_3 * w_3,
+
+which is ``16 - Q_k / 2``, rounded up, the parities of the planes add up to a constant of the group:
+
+    sum_i w_i * a_i = -E_0 - 2 * E_1 - 4 * E_2 + 8 * E_3 - 16 - ceil(S / 2).
+
+There are no signs and no corrections: 5 bits per lane, and a base ``15 - ceil(S / 2)``, the complement of the first
+entry. ``Q_k`` has up to 33 values, but for weights of -7..7 it has 29, and 5 bits are enough. (Sixteen entries would
+also do for groups of five lanes in offset binary coding, with all weights; but their 6 bits and one correction are more
+for the adders: 25 leaves per plane of 16 lanes, one of them alone, instead of 20.)
 """
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from amaranth.hdl import Cat, Const, Module, Signal, Value, signed, unsigned
 from amaranth.lib import data, wiring
@@ -30,7 +43,7 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2
 
-from nibblecore.arch.elements import TABLE_ENTRIES, TABLE_LOAD_CYCLES
+from nibblecore.arch.elements import TABLE_DEPTH, table_entries, table_load_cycles
 
 from .base import DotElement, check_int, check_technology
 from .ecp5 import subtract_gated
@@ -52,46 +65,57 @@ def check_lanes(lanes: int) -> int:
     return lanes
 
 
-def code_activations(activations: data.View) -> Value:
+def check_banks(banks: int) -> int:
+    """``banks``, if it is 1 or 2."""
+    check_int("banks", banks, 1, 2)
+    return banks
+
+
+def code_activations(activations: data.View, *, banks: int = 2) -> Value:
     """Activations as tables are addressed: lanes 0..2 of a group relative to lane 3, and lane 3 as signs.
 
     A bit of lanes 0..2 is 1 where it differs from that of lane 3; one of lane 3 is 1 where the entry is to be
-    complemented: plane 3 counts negatively.
+    complemented: plane 3 counts negatively. With one bank, they are as they come.
     """
     nibbles = [lane.as_unsigned() for lane in activations]
+    if banks == 1:
+        return Cat(nibbles)
     return Cat(nibble ^ (0b0111 if n % GROUP == 3 else nibbles[n | 3]) for n, nibble in enumerate(nibbles))
 
 
-def write_layout(*, lanes: int, columns: int, tag_bits: int = 0) -> data.StructLayout:
+def write_layout(*, lanes: int, columns: int, tag_bits: int = 0, banks: int = 2) -> data.StructLayout:
     """One entry of every group's table, for each of ``columns``.
 
     ``bank``, ``index``: which entry; ``entries[group][column]``; with entry 4 also ``odd[column]``, a bit per group
-    that says whether the sum of its weights is odd, and ``base[column]``, the sum of all ``16 - ceil(S / 2)``. ``tag``
-    is there if it has bits.
+    that says whether the sum of its weights is odd, and ``base[column]``, the sum of all ``16 - ceil(S / 2)``, or
+    ``15 - ceil(S / 2)`` with one bank. ``bank`` and ``odd`` are there if there are two banks, ``tag`` if it has bits.
     """
     groups = lanes // GROUP
     return data.StructLayout(
         {
-            "index": ceil_log2(TABLE_ENTRIES),
-            "bank": 1,
+            "index": ceil_log2(table_entries(banks)),
             "entries": data.ArrayLayout(data.ArrayLayout(unsigned(TABLE_BITS), columns), groups),
-            "odd": data.ArrayLayout(unsigned(groups), columns),
-            "base": data.ArrayLayout(unsigned(base_bits(lanes)), columns),
+            "base": data.ArrayLayout(unsigned(base_bits(lanes, banks)), columns),
         }
+        | ({"bank": 1, "odd": data.ArrayLayout(unsigned(groups), columns)} if banks == 2 else {})
         | ({"tag": tag_bits} if tag_bits else {})
     )
 
 
-def table_entry(weights: Sequence[int], index: int) -> int:
-    """Entry ``index`` of the table of four weights; bit ``i`` says that the sign of lane ``i`` is not lane 3's."""
-    return 16 + sum(weights) // 2 - sum(w for i, w in enumerate(weights[: GROUP - 1]) if index >> i & 1)
+def table_entry(weights: Sequence[int], index: int, *, banks: int = 2) -> int:
+    """Entry ``index`` of the table of four weights; bit ``i`` says that the sign of lane ``i`` is not lane 3's.
+
+    With one bank, it is the bit of lane ``i``.
+    """
+    return 16 + (sum(weights) + (banks == 1)) // 2 - sum(w for i, w in enumerate(weights) if index >> i & 1)
 
 
 class TableFill(wiring.Component):
     """Makes table entries of weights: of a *block* of ``columns`` columns, an entry per cycle for all of them.
 
-    The words of a block come in order, each at least ``max(1, 8 // columns)`` cycles after the one before. Entry 0 is
-    on ``o`` 5 cycles after the last word, and the last one :attr:`LATENCY` cycles after it.
+    The words of a block come in order, each at least ``max(1, entries // columns)`` cycles after the one before, with
+    the 8 or 16 ``entries`` of a table. Entry 0 is on ``o`` 5 cycles after the last word, and the last one
+    :attr:`latency` cycles after it.
 
     Parameters
     ----------
@@ -103,6 +127,8 @@ class TableFill(wiring.Component):
         Width of the blocks' tags, which come back with their entries.
     technology : {"generic", "ecp5"}
         Subtracters that synthesis infers, or carry cells.
+    banks : int
+        2, or 1 for tables of 16 entries.
 
     Members
     -------
@@ -113,12 +139,10 @@ class TableFill(wiring.Component):
         Of the block; taken with the last column.
     load_stb : In(1)
     bank : In(1)
-        Which bank is in use: the other one is filled.
-    o : Out(write_layout(lanes=lanes, columns=columns, tag_bits=tag_bits))
+        With two banks: which one is in use. The other one is filled.
+    o : Out(write_layout(lanes=lanes, columns=columns, tag_bits=tag_bits, banks=banks))
     o_stb : Out(1)
     """
-
-    LATENCY: Final = TABLE_LOAD_CYCLES
 
     weights: data.View
     column: Signal
@@ -128,8 +152,11 @@ class TableFill(wiring.Component):
     o: data.View
     o_stb: Signal
 
-    def __init__(self, *, lanes: int, columns: int, tag_bits: int = 0, technology: str = "generic") -> None:
+    def __init__(
+        self, *, lanes: int, columns: int, tag_bits: int = 0, technology: str = "generic", banks: int = 2
+    ) -> None:
         self._lanes = check_lanes(lanes)
+        self._banks = check_banks(banks)
         check_int("columns", columns, 1, 64)
         self._columns = columns
         self._technology = check_technology(technology)
@@ -139,10 +166,10 @@ class TableFill(wiring.Component):
                 "column": In(ceil_log2(columns)),
                 "tag": In(tag_bits),
                 "load_stb": In(1),
-                "bank": In(1),
-                "o": Out(write_layout(lanes=lanes, columns=columns, tag_bits=tag_bits)),
+                "o": Out(write_layout(lanes=lanes, columns=columns, tag_bits=tag_bits, banks=banks)),
                 "o_stb": Out(1),
             }
+            | ({"bank": In(1)} if banks == 2 else {})
         )
 
     @property
@@ -150,19 +177,30 @@ class TableFill(wiring.Component):
         """Columns of a block."""
         return self._columns
 
+    @property
+    def latency(self) -> int:
+        """Cycles from the last word of a block to its last entry."""
+        return table_load_cycles(self._banks)
+
     def elaborate(self, platform: Any) -> Module:
         m = Module()
-        groups, columns = self._lanes // GROUP, self._columns
+        groups, columns, banks = self._lanes // GROUP, self._columns, self._banks
+        width, entries = base_bits(self._lanes, banks), table_entries(banks)
 
-        # What the entries of a group are made of: the first one, and the weights to subtract from it.
-        source = data.StructLayout({"start": TABLE_BITS, "odd": 1, "weights": data.ArrayLayout(unsigned(4), GROUP - 1)})
+        # What the entries of a group are made of: the first one, and the weights to subtract from it. Those of lanes
+        # 0..2 make eight; with one bank, eight more begin with the one that has lane 3's subtracted, too.
+        weights = data.ArrayLayout(unsigned(4), GROUP - 1)
+        source = data.StructLayout({"start": TABLE_BITS, "odd": 1, "weights": weights})
+        if banks == 1:
+            source = data.StructLayout({"start": TABLE_BITS, "second_start": TABLE_BITS, "weights": weights})
         sources = data.ArrayLayout(source, groups)
 
-        def register(name: str) -> data.View:
+        def register(name: str, layout: data.ArrayLayout = sources) -> data.View:
             # No signal of that layout: Amaranth would name its elements like its bits, which ABC9 mistakes.
-            return data.View(sources, Signal(sources.size, name=name, reset_less=True))
+            return data.View(layout, Signal(layout.size, name=name, reset_less=True))
 
-        word = register("word")
+        received = data.StructLayout({"start": TABLE_BITS, "odd": 1, "weights": data.ArrayLayout(unsigned(4), GROUP)})
+        word = register("word", data.ArrayLayout(received, groups))
         word_valid = Signal()
         column = Signal.like(self.column, reset_less=True)
         tag = Signal.like(self.tag, reset_less=True)
@@ -171,9 +209,21 @@ class TableFill(wiring.Component):
             nibbles = [self.weights[GROUP * group + n].as_unsigned() for n in range(GROUP)]
             biased = [nibble ^ 0b1000 for nibble in nibbles]  # each 8 more, so that the sum is 32 more
             total = Signal(6, name=f"total{group}")
-            m.d.comb += total.eq((biased[0] + biased[1]) + (biased[2] + biased[3]))
+            if banks == 1:  # half of it is rounded up
+                pairs = [Cat(Const(1, 1), biased[n] + biased[n + 1]) for n in (0, 2)]
+                m.d.comb += total.eq((pairs[0] + pairs[1])[1:])
+            else:
+                m.d.comb += total.eq((biased[0] + biased[1]) + (biased[2] + biased[3]))
             m.d.sync += [word[group].start.eq(total[1:]), word[group].odd.eq(total[0])]
-            m.d.sync += [word[group].weights[n].eq(nibbles[n]) for n in range(GROUP - 1)]
+            m.d.sync += [word[group].weights[n].eq(nibbles[n]) for n in range(GROUP)]
+        taken = data.View(sources, Signal(sources.size, name="taken"))
+        for group in range(groups):
+            m.d.comb += [taken[group].weights[n].eq(word[group].weights[n]) for n in range(GROUP - 1)]
+            m.d.comb += taken[group].start.eq(word[group].start)
+            if banks == 1:
+                m.d.comb += taken[group].second_start.eq(word[group].start - word[group].weights[-1].as_signed())
+            else:
+                m.d.comb += taken[group].odd.eq(word[group].odd)
 
         # The words of a block wait for the last one; then they are worked on while those of the next one come.
         begins = Signal()
@@ -182,17 +232,20 @@ class TableFill(wiring.Component):
         for n in range(columns - 1):
             waiting = register(f"waiting{n}")
             with m.If(word_valid & (column == n)):
-                m.d.sync += waiting.eq(word)
+                m.d.sync += waiting.eq(taken)
             with m.If(begins):
                 m.d.sync += work[n].eq(waiting)
         running = Signal()
-        index = Signal(ceil_log2(TABLE_ENTRIES))
+        index = Signal(ceil_log2(entries))
         work_tag = Signal.like(tag, reset_less=True)
         m.d.sync += index.eq(index + 1)
         with m.If(begins):
-            m.d.sync += [work[-1].eq(word), work_tag.eq(tag), running.eq(1), index.eq(0)]
-        with m.Elif(index == TABLE_ENTRIES - 1):
+            m.d.sync += [work[-1].eq(taken), work_tag.eq(tag), running.eq(1), index.eq(0)]
+        with m.Elif(index == entries - 1):
             m.d.sync += running.eq(0)
+        if banks == 1:
+            with m.Elif(index == entries // 2 - 1):
+                m.d.sync += [of_group.start.eq(of_group.second_start) for of_column in work for of_group in of_column]
 
         # One subtracter per weight, with a register behind each.
         stb, place = running, index
@@ -231,7 +284,7 @@ class TableFill(wiring.Component):
 
         # The base of a column is made as its word comes, one adder after the other; it is there before entry 4.
         sums: list[Value] = [~word[group].start for group in range(groups)]
-        even: Value = Cat(~word[group].odd for group in range(groups))
+        even: Value = Const(0, groups) if banks == 1 else Cat(~word[group].odd for group in range(groups))
         base_valid, base_column = word_valid, column
         level = 0
         while len(sums) > 1 or level == 0:
@@ -239,7 +292,7 @@ class TableFill(wiring.Component):
             count = max(1, len(sums) // 2)
             pairs = []
             for n in range(count):
-                pair = Signal(base_bits(self._lanes), name=f"base{level}_{n}", reset_less=True)
+                pair = Signal(width, name=f"base{level}_{n}", reset_less=True)
                 other = sums[2 * n + 1] if len(sums) > 1 else Const(0, 1)
                 m.d.sync += pair.eq((Cat(even[n], sums[2 * n]) + Cat(even[n], other))[1:])
                 pairs.append(pair)
@@ -250,23 +303,25 @@ class TableFill(wiring.Component):
             sums, even, base_valid, base_column = pairs, even_later, valid_later, column_later
             level += 1
         base = sums[0] + even[0] if groups > 1 else sums[0]
-        bases = [Signal(base_bits(self._lanes), name=f"base_of{n}", reset_less=True) for n in range(columns)]
+        bases = [Signal(width, name=f"base_of{n}", reset_less=True) for n in range(columns)]
         bases_complete = Signal()
         m.d.sync += bases_complete.eq(base_valid & (base_column == columns - 1))
         for n in range(columns):
             with m.If(base_valid & (base_column == n)):
                 m.d.sync += bases[n].eq(base)
-        base_out = Signal(data.ArrayLayout(unsigned(base_bits(self._lanes)), columns), reset_less=True)
+        base_out = Signal(data.ArrayLayout(unsigned(width), columns), reset_less=True)
         with m.If(bases_complete):
             m.d.sync += base_out.eq(Cat(bases))
 
-        bank = Signal(reset_less=True)
-        odd_out = Signal(data.ArrayLayout(unsigned(groups), columns), reset_less=True)
+        if banks == 2:
+            bank = Signal(reset_less=True)
+            odd_out = Signal(data.ArrayLayout(unsigned(groups), columns), reset_less=True)
+            m.d.sync += [
+                bank.eq(~self.bank),
+                odd_out.eq(Cat(work[n][group].odd for n in range(columns) for group in range(groups))),
+            ]
+            m.d.comb += [self.o.bank.eq(bank), self.o.odd.eq(odd_out)]
         tag_out = Signal.like(tag, reset_less=True)
-        m.d.sync += [
-            bank.eq(~self.bank),
-            odd_out.eq(Cat(work[n][group].odd for n in range(columns) for group in range(groups))),
-        ]
         # The tag is that of the entries, three registers behind the work.
         tag_later: Value = work_tag
         for n in range(GROUP - 2):
@@ -276,9 +331,7 @@ class TableFill(wiring.Component):
         m.d.sync += tag_out.eq(tag_later)
         m.d.comb += [
             self.o.index.eq(place),
-            self.o.bank.eq(bank),
             self.o.entries.eq(Cat(value for row in values for value in row)),
-            self.o.odd.eq(odd_out),
             self.o.base.eq(base_out),
             self.o_stb.eq(stb),
         ]
@@ -292,7 +345,8 @@ class TableColumns(wiring.Component):
 
     ``sums`` are those of the activations and the bank :attr:`latency` cycles before. An entry is there for the
     activations that come in the cycle after its write. The base and the parities that came with the last entry 4 are
-    used from the activations on that come with ``swap_stb``, as those with the other ``bank`` should.
+    used from the activations on that come with ``swap_stb``, as those with the other ``bank`` should. With one bank,
+    the sums of activations mean nothing from the write of entry 0 to that of the last one.
 
     All weights are 0 after power-up; a reset changes nothing.
 
@@ -304,16 +358,18 @@ class TableColumns(wiring.Component):
         1..64. Multiples of 4 waste no LUT RAM.
     technology, levels_per_stage, chain_cells
         As in :class:`~.bitplane.BitplaneDot`.
+    banks : int
+        2, or 1 for tables of 16 entries and weights of -7..7.
 
     Members
     -------
     activations : In(4 * lanes)
         From :func:`code_activations`.
     bank : In(1)
-        Half of the tables to be used.
+        With two banks: half of the tables to be used.
     swap_stb : In(1)
-        The bank is not that of the cycle before.
-    write : In(write_layout(lanes=lanes, columns=columns))
+        With two banks: the bank is not that of the cycle before.
+    write : In(write_layout(lanes=lanes, columns=columns, banks=banks))
     write_stb : In(1)
     sums : Out(columns * (8 + log2(lanes)))
         Column 0 in the low bits.
@@ -339,24 +395,25 @@ class TableColumns(wiring.Component):
         technology: str = "generic",
         levels_per_stage: int = 2,
         chain_cells: int = 48,
+        banks: int = 2,
     ) -> None:
         self._lanes = check_lanes(lanes)
+        self._banks = check_banks(banks)
         check_int("columns", columns, 1, 64)
         check_int("levels_per_stage", levels_per_stage, 1, 4)
         check_int("chain_cells", chain_cells, 16, 192)
         self._columns = columns
         self._technology = check_technology(technology)
         self._chain_cells = chain_cells
-        self._plan = plan_tables(lanes=lanes, levels_per_stage=levels_per_stage)
+        self._plan = plan_tables(lanes=lanes, levels_per_stage=levels_per_stage, banks=banks)
         super().__init__(
             {
                 "activations": In(4 * lanes),
-                "bank": In(1),
-                "swap_stb": In(1),
-                "write": In(write_layout(lanes=lanes, columns=columns)),
+                "write": In(write_layout(lanes=lanes, columns=columns, banks=banks)),
                 "write_stb": In(1),
                 "sums": Out(columns * (8 + (lanes - 1).bit_length())),
             }
+            | ({"bank": In(1), "swap_stb": In(1)} if banks == 2 else {})
         )
 
     @property
@@ -371,12 +428,12 @@ class TableColumns(wiring.Component):
 
     def elaborate(self, platform: Any) -> Module:
         m = Module()
-        groups = self._lanes // GROUP
+        groups, banks = self._lanes // GROUP, self._banks
         entry = data.ArrayLayout(unsigned(TABLE_BITS), self._columns)
 
         # read[group][plane][column], and whether it is to be complemented.
         read: list[list[data.View]] = []
-        signs: list[list[Signal]] = []
+        signs: list[list[Value]] = []
         # The entries of weights that are all 0.
         init = sum(1 << TABLE_BITS - 1 + TABLE_BITS * n for n in range(self._columns))
         for group in range(groups):
@@ -386,32 +443,44 @@ class TableColumns(wiring.Component):
                 name = f"{group}_{plane}"
                 table = Memory(
                     shape=unsigned(entry.size),
-                    depth=2 * TABLE_ENTRIES,
-                    init=[init] * (2 * TABLE_ENTRIES),
+                    depth=TABLE_DEPTH,
+                    init=[init] * TABLE_DEPTH,
                     attrs={"ram_style": "distributed"},
                 )
                 m.submodules[f"table{name}"] = table
                 write, port = table.write_port(), table.read_port(domain="comb")
                 # No signal of that layout: Amaranth would name its columns like its bits, which ABC9 mistakes.
                 value = Signal(entry.size, name=f"entry{name}", init=init, reset_less=True)
-                sign = Signal(name=f"sign{name}", reset_less=True)
                 bits = [self.activations[4 * (GROUP * group + n) + plane] for n in range(GROUP)]
                 m.d.comb += [
-                    write.addr.eq(Cat(self.write.index, self.write.bank)),
+                    write.addr.eq(Cat(self.write.index, self.write.bank) if banks == 2 else self.write.index),
                     write.data.eq(self.write.entries[group].as_value()),
                     write.en.eq(self.write_stb),
-                    port.addr.eq(Cat(bits[: GROUP - 1], self.bank)),
+                    port.addr.eq(Cat(bits[: GROUP - 1], self.bank) if banks == 2 else Cat(bits)),
                 ]
-                m.d.sync += [value.eq(port.data), sign.eq(bits[-1])]
+                m.d.sync += value.eq(port.data)
                 read[-1].append(data.View(entry, value))
-                signs[-1].append(sign)
+                if banks == 2:
+                    sign = Signal(name=f"sign{name}", reset_less=True)
+                    m.d.sync += sign.eq(bits[-1])
+                    signs[-1].append(sign)
+                else:
+                    signs[-1].append(Const(plane != 3, 1))
 
         takes = Signal()
         m.d.comb += takes.eq(self.write_stb & (self.write.index == _BASE_INDEX))
         for n in range(self._columns):
-            shapes = {"odd": (groups, 0), "base": (base_bits(self._lanes), 16 * groups)}
+            shapes = {"base": (base_bits(self._lanes, banks), (15 if banks == 1 else 16) * groups)}
+            if banks == 2:
+                shapes["odd"] = (groups, 0)
             used: dict[str, Signal] = {}
             for name, (bits_, zero) in shapes.items():
+                if banks == 1:
+                    # The last activations of the tile before have met the base when entry 1 is written.
+                    used[name] = active = Signal(bits_, name=f"{name}{n}", init=zero, reset_less=True)
+                    with m.If(takes):
+                        m.d.sync += active.eq(self.write[name][n])
+                    continue
                 shadow = Signal(bits_, name=f"{name}_shadow{n}", init=zero, reset_less=True)
                 used[name] = active = Signal(bits_, name=f"{name}{n}", init=zero, reset_less=True)
                 with m.If(takes):
@@ -462,7 +531,7 @@ class TableColumns(wiring.Component):
 
 
 class LutramDot(DotElement):
-    """A column of its own with tables of sums of weights; in an array, columns share most of it.
+    """A column of its own with two tables of sums of weights; in an array, columns share most of it.
 
     Members are those of :class:`DotElement`.
 
@@ -481,6 +550,8 @@ class LutramDot(DotElement):
         If an argument is not as described.
     """
 
+    BANKS: ClassVar[int] = 2
+
     def __init__(
         self,
         *,
@@ -490,19 +561,20 @@ class LutramDot(DotElement):
         levels_per_stage: int = 2,
         chain_cells: int = 48,
     ) -> None:
-        self._fill = TableFill(lanes=lanes, columns=1, technology=technology)
+        self._fill = TableFill(lanes=lanes, columns=1, technology=technology, banks=self.BANKS)
         self._columns = TableColumns(
             lanes=lanes,
             columns=1,
             technology=technology,
             levels_per_stage=levels_per_stage,
             chain_cells=chain_cells,
+            banks=self.BANKS,
         )
         super().__init__(lanes=lanes, inverted=inverted)
 
     @property
     def load_cycles(self) -> int:
-        return TableFill.LATENCY + 1
+        return self._fill.latency + 1
 
     @property
     def latency(self) -> int:
@@ -517,6 +589,16 @@ class LutramDot(DotElement):
         m = Module()
         m.submodules.fill = fill = self._fill
         m.submodules.columns = columns = self._columns
+        m.d.comb += [
+            fill.weights.eq(self.weights),
+            fill.load_stb.eq(self.load_stb),
+            columns.activations.eq(code_activations(self.activations, banks=self.BANKS)),
+            columns.write.eq(fill.o),
+            columns.write_stb.eq(fill.o_stb),
+            self.sum.eq(columns.sums),
+        ]
+        if self.BANKS == 1:
+            return m
         bank = Signal(reset_less=True)
         loaded = Signal(reset_less=True)
         swaps = Signal()
@@ -528,21 +610,27 @@ class LutramDot(DotElement):
             m.d.sync += loaded.eq(0)
         m.d.sync += bank.eq(bank ^ swaps)
         m.d.comb += [
-            fill.weights.eq(self.weights),
-            fill.load_stb.eq(self.load_stb),
             fill.bank.eq(bank),
-            columns.activations.eq(code_activations(self.activations)),
             columns.bank.eq(bank ^ swaps),
             columns.swap_stb.eq(swaps),
-            columns.write.index.eq(fill.o.index),
-            columns.write.bank.eq(fill.o.bank),
-            columns.write.entries.eq(fill.o.entries),
-            columns.write.odd.eq(fill.o.odd),
-            columns.write.base.eq(fill.o.base),
-            columns.write_stb.eq(fill.o_stb),
-            self.sum.eq(columns.sums),
         ]
         return m
 
 
-__all__ = ["LutramDot", "TableColumns", "TableFill", "code_activations", "table_entry", "write_layout"]
+class OneBankLutramDot(LutramDot):
+    """The same with one table of 16 sums, for weights of -7..7, which cannot be loaded while it is in use."""
+
+    BANKS: ClassVar[int] = 1
+    WEIGHT_RANGE: ClassVar[tuple[int, int]] = (-7, 7)
+    OVERLAPS: ClassVar[bool] = False
+
+
+__all__ = [
+    "LutramDot",
+    "OneBankLutramDot",
+    "TableColumns",
+    "TableFill",
+    "code_activations",
+    "table_entry",
+    "write_layout",
+]
