@@ -447,7 +447,7 @@ def check_stream(element, stream, note):
     assert len(sums) > 2 * delay
     for n, (got, want) in enumerate(zip(sums[delay:], expected, strict=False)):
         assert want is None or got == want, f"{note}: sum {n} is {got}, not {want}"
-    assert sum(want is not None for want in expected) > len(expected) // 4
+    assert sum(want is not None for want in expected) >= sum(swap for *_, swap in stream) > 0
 
 
 def random_word(rng, lanes, low=-8):
