@@ -49,9 +49,10 @@ class DmaPair(wiring.Component):
         arch = self.arch
         m.submodules.load = load = LoadDma(arch=arch)
         m.submodules.store = store = StoreDma(arch=arch)
+        # The second reader asks for nothing: the last one's words come earlier than those of the STORE.
         m.submodules.buffer = buffer = BankedBuffer(
             depth=arch.act_depth, banks=arch.act_banks, word_bits=arch.word_bits, parts=arch.parts_per_brick,
-            kind=arch.act_memory, readers=1, writers=1,
+            kind=arch.act_memory, readers=2, writers=1,
         )  # fmt: skip
         connect(m, flipped(self.load_command), load.command)
         connect(m, flipped(self.store_command), store.command)
