@@ -175,7 +175,7 @@ def bench_synth(
     if as_json:
         print_json({"results": records, "page": str(folder / "RESULTS.md"), "regressions": worse})
     else:
-        OUT.print(f"page: {folder / 'RESULTS.md'}", highlight=False)
+        OUT.print(f"page: {folder / 'RESULTS.md'}", highlight=False, soft_wrap=True)
     if worse:
         raise NibbleError("\n".join(worse), hint="If it is meant to be: make budgets.")
 

@@ -223,4 +223,4 @@ def results(
     if as_json:
         print_json({"page": str(path), "cells": cells})
         return
-    OUT.print(f"page: {path}", highlight=False)
+    OUT.print(f"page: {path}", highlight=False, soft_wrap=True)
