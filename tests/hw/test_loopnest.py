@@ -40,12 +40,8 @@ def run(
     *,
     rng: random.Random | None = None,
     gap: bool = False,
-    held: bool = False,
 ) -> tuple[list[dict[str, Any]], list[int], list[int]]:
-    """All steps, the cycles of their transfers, and those of the jobs' transfers; ``rng`` makes both sides stall.
-
-    ``held``: a job stays until its last step has been taken, and then becomes garbage.
-    """
+    """All steps, the cycles of their transfers, and those of the jobs' transfers; ``rng`` makes both sides stall."""
     sim = Simulator(nest)
     sim.add_clock(1e-6)
     steps: list[dict[str, Any]] = []
@@ -55,12 +51,9 @@ def run(
 
     async def bench(ctx: Any) -> None:
         waiting = list(jobs)
-        offered, begun = False, 0
+        offered = False
         for cycle in range(40 * expected + 400):
-            if held and not offered and len(steps) == begun:
-                ctx.set(nest.job.payload, random_job(random.Random(cycle), nest))
-            is_free = not offered and (not held or len(steps) == begun)
-            if waiting and is_free and not (gap and rng and rng.random() < 0.7):
+            if waiting and not offered and not (gap and rng and rng.random() < 0.7):
                 ctx.set(nest.job.payload, waiting[0])
                 offered = True
             ctx.set(nest.job.valid, offered)
@@ -71,7 +64,6 @@ def run(
             if took:
                 assert offered, "job.ready without job.valid"
                 job_cycles.append(cycle)
-                begun += len(list(nest.model(nest.loops, waiting[0])))
                 del waiting[0]
                 offered = False
             if valid and ready:
@@ -154,12 +146,3 @@ def test_errors() -> None:
         LoopNest(loops=(Loop(name="a", count_bits=1),), inner=1)
     with refuses("loops must have distinct names, and 'a' occurs 2 times"):
         LoopNest(loops=(Loop(name="a", count_bits=1), Loop(name="a", count_bits=2)))
-
-
-@pytest.mark.parametrize("name", NESTS)
-def test_held_jobs_are_not_copied(name: str) -> None:
-    loops, tag_bits = NESTS[name]
-    nest, rng = LoopNest(loops=loops, tag_bits=tag_bits, held=True), random.Random(31)
-    jobs = [random_job(rng, nest) for _ in range(8)]
-    steps, _, _ = run(nest, jobs, rng=rng, gap=True, held=True)
-    assert steps == [step for job in jobs for step in nest.model(nest.loops, job)]

@@ -47,14 +47,12 @@ def run(
     gap: float = 0.0,
     seed: int = 0,
     abandoned: Sequence[tuple[Instruction, int]] = (),
-    held: bool = False,
 ) -> Any:
     """Execute a program; the writes of each instruction, its cycles from command to done, and the stall strobes.
 
-    ``abandoned``: instructions that begin before the program and end in a reset after so many cycles. ``held``: the
-    payload stays until an instruction is done.
+    ``abandoned``: instructions that begin before the program and end in a reset after so many cycles.
     """
-    arch, dut = around.arch, PostUnit(around.arch, held=held)
+    arch, dut = around.arch, PostUnit(around.arch)
     reset = Signal()
     rng = random.Random(seed)
     writes: list[list[tuple[int, int, int]]] = [[] for _ in program]
@@ -101,13 +99,11 @@ def run(
                 assert last_write == now - 1, f"done {now - last_write} cycles after the last write, seed {seed}"
                 cycles.append(now - began)
                 done, began = done + 1, None
-                ctx.set(dut.command.payload, rng.getrandbits(256))
             else:
                 assert not (last_write == now - 1 and len(writes[done]) == wanted[done]), f"no done_stb, seed {seed}"
             if transfer:
                 ctx.set(dut.command.valid, 0)
-                if not held:
-                    ctx.set(dut.command.payload, rng.getrandbits(256))
+                ctx.set(dut.command.payload, rng.getrandbits(256))
                 sent, busy_wanted = sent + 1, True
             # What is not asked for is garbage.
             first = acc[2] * arch.post_lanes
@@ -155,9 +151,8 @@ def check(
     stall: float,
     gap: float = 0.0,
     seed: int,
-    held: bool = False,
 ) -> None:
-    writes, cycles, refused, strobes = run(around, program, stall=stall, gap=gap, seed=seed, held=held)
+    writes, cycles, refused, strobes = run(around, program, stall=stall, gap=gap, seed=seed)
     for n, instruction in enumerate(program):
         want = around.model(instruction)
         where = f"instruction {n} ({instruction}), seed {seed}"
@@ -191,13 +186,6 @@ def test_random_programs(arch: ArchConfig, stall: float) -> None:
     count = 8 if arch.lanes <= 8 else 4
     program = [around.rng.choice((around.post, around.pool))() for _ in range(count)]
     check(around, program, stall=stall, seed=seed)
-
-
-@pytest.mark.parametrize("stall", [0.0, 0.3])
-def test_a_held_command_is_not_copied(stall: float) -> None:
-    around = Surroundings(ARCHS[8, 4, 1], 21)
-    program = [around.rng.choice((around.post, around.pool))() for _ in range(10)]
-    check(around, program, stall=stall, gap=0.3, seed=21, held=True)
 
 
 @pytest.mark.parametrize("stall", [0.0, 0.3])

@@ -173,9 +173,6 @@ class LoopNest(wiring.Component):
         Width of the job's ``tag``, 0 for none.
     inner : int
         Innermost loops that the joint flags of a step are about, 0 for no such flags.
-    held : bool
-        Whoever gives a job keeps its payload until the last step has been taken, and gives no other one before: so no
-        field is copied.
 
     Members
     -------
@@ -195,7 +192,7 @@ class LoopNest(wiring.Component):
     job: Any
     o: Any
 
-    def __init__(self, *, loops: Sequence[Loop], tag_bits: int = 0, inner: int = 0, held: bool = False) -> None:
+    def __init__(self, *, loops: Sequence[Loop], tag_bits: int = 0, inner: int = 0) -> None:
         names = [loop.name for loop in loops]
         if not names:
             raise ValueError("loops must hold at least one loop")
@@ -207,7 +204,6 @@ class LoopNest(wiring.Component):
         self._loops = tuple(loops)
         self._inner = inner
         self._tag_bits = tag_bits
-        self._held = held
         super().__init__(
             {
                 "job": In(stream.Signature(job_layout(loops, tag_bits=tag_bits))),
@@ -252,12 +248,7 @@ class LoopNest(wiring.Component):
         first = Signal(len(loops), reset_less=True)
         last = Signal(len(loops), reset_less=True)
         single = Signal(len(loops), reset_less=True)
-        counts = [
-            job[f"count_{loop.name}"]
-            if self._held
-            else Signal(loop.count_bits, name=f"count_{loop.name}", reset_less=True)
-            for loop in loops
-        ]
+        counts = [Signal(loop.count_bits, name=f"count_{loop.name}", reset_less=True) for loop in loops]
         left = [Signal(loop.count_bits, name=f"left_{loop.name}", reset_less=True) for loop in loops]
         roll = Signal(len(loops) + 1)
         m.d.comb += [
@@ -277,9 +268,8 @@ class LoopNest(wiring.Component):
                 m.d.sync += taken.eq(1)
             for level, loop in enumerate(loops):
                 count = job[f"count_{loop.name}"]
-                if not self._held:
-                    m.d.sync += counts[level].eq(count)
                 m.d.sync += [
+                    counts[level].eq(count),
                     left[level].eq(count),
                     single[level].eq(count == 0),
                     last[level].eq(count == 0),
@@ -332,23 +322,19 @@ class LoopNest(wiring.Component):
 
         def running_sum(name: str, bits: int, start: Value, steps: dict[int, Value], *, one_more: bool) -> Signal:
             """``start``, plus a step (and one) per move of the loops that are keys of ``steps``."""
-            origin: Value = Signal(bits, name=f"{name}_origin", reset_less=True)
-            fields: Mapping[int, Value] = {
+            origin = Signal(bits, name=f"{name}_origin", reset_less=True)
+            fields = {
                 level: Signal(step.shape(), name=f"{name}_step_{loops[level].name}", reset_less=True)
                 for level, step in steps.items()
             }
-            first_sum = _sign_extend(start, bits) if start.shape().signed else start
-            if self._held:
-                origin, fields = first_sum, steps
             wide = {
                 level: _sign_extend(field, bits) if field.shape().signed else field for level, field in fields.items()
             }
             step = Signal(max(map(len, wide.values()), default=0), name=f"{name}_step", reset_less=True)
             moves = Signal(name=f"{name}_moves", reset_less=True)
-            if not self._held:
-                with m.If(begin_passes):
-                    m.d.sync += origin.eq(first_sum)
-                    m.d.sync += [field.eq(steps[level]) for level, field in fields.items()]
+            with m.If(begin_passes):
+                m.d.sync += origin.eq(_sign_extend(start, bits) if start.shape().signed else start)
+                m.d.sync += [field.eq(steps[level]) for level, field in fields.items()]
             with m.If(moves_on):
                 m.d.sync += step.eq(_one_hot_mux((hit[level], value) for level, value in wide.items()))
                 if one_more:
@@ -393,18 +379,14 @@ class LoopNest(wiring.Component):
             moves = {n: job[f"move_{loop.name}"] for n, loop in enumerate(loops) if loop.axis == axis}
             coordinate = running_sum(axis, self.coordinate_bits(axis), job[f"{axis}0"], moves, one_more=True)
             size = job["width" if axis == "x" else "height"]
-            limit = size
-            if not self._held:
-                limit = Signal(size.shape(), name=f"{axis}_limit", reset_less=True)
-                with m.If(release):
-                    m.d.sync += limit.eq(size)
+            limit = Signal(size.shape(), name=f"{axis}_limit", reset_less=True)
+            with m.If(release):
+                m.d.sync += limit.eq(size)
             inside = inside & (coordinate <= limit)  # unsigned: negative coordinates are large
         if self._tag_bits:
-            tag = job.tag
-            if not self._held:
-                tag = Signal(self._tag_bits, reset_less=True)
-                with m.If(release):
-                    m.d.sync += tag.eq(job.tag)
+            tag = Signal(self._tag_bits, reset_less=True)
+            with m.If(release):
+                m.d.sync += tag.eq(job.tag)
             m.d.comb += found.tag.eq(tag)
 
         # Stage 3 compares, into the output register or, when that is held up, into the spare one beside it.

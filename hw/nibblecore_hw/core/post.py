@@ -273,9 +273,6 @@ class PostUnit(wiring.Component):
     ----------
     arch : ArchConfig
         The core.
-    held : bool
-        ``command.payload`` stays from the transfer to ``done_stb``, as an issue stage that runs one instruction at a
-        time keeps it anyway: so next to nothing of it is copied.
 
     Members
     -------
@@ -312,8 +309,8 @@ class PostUnit(wiring.Component):
     READ_AHEAD = 16
     """Bricks of the stored operand that are read before they are needed."""
 
-    def __init__(self, arch: ArchConfig, *, held: bool = False) -> None:
-        self._arch, self._held = arch, held
+    def __init__(self, arch: ArchConfig) -> None:
+        self._arch = arch
         act_addr_bits = ceil_log2(arch.act_depth)
         super().__init__(
             {
@@ -404,12 +401,9 @@ class PostUnit(wiring.Component):
 
         def kept(field: str, bits: int) -> Value:
             """The lowest ``bits`` of a field of POST, until the instruction is done."""
-            value = Value.cast(post[field])[:bits]
-            if self._held:
-                return value
             register = Signal(bits, name=field, reset_less=True)
             with m.If(opening):
-                m.d.sync += register.eq(value)
+                m.d.sync += register.eq(Value.cast(post[field])[:bits])
             return register
 
         zero_b = kept("zero_b", CODE_BITS).as_signed()
@@ -433,8 +427,8 @@ class PostUnit(wiring.Component):
 
         pool_loops = loops_of(Opcode.POOL, ("kx", "ky", "brick", "ox", "oy"))
         read_loops = (Loop(name="plane", count_bits=1, step_bits=1), *pool_loops)
-        m.submodules.reads = reads = LoopNest(loops=read_loops, held=self._held)
-        m.submodules.writes = writes = LoopNest(loops=self._write_loops(), held=self._held)
+        m.submodules.reads = reads = LoopNest(loops=read_loops)
+        m.submodules.writes = writes = LoopNest(loops=self._write_loops())
         # Both nests are idle whenever a job comes, so they let go of it in the same cycle.
         m.d.comb += [
             reads.job.valid.eq(opening),
