@@ -124,7 +124,10 @@ class Accelerator(wiring.Component):
         for client, port in zip((post.params, mac.w), weights.reads, strict=True):
             connect(m, client, port)
         if not arch.sequential:
-            m.d.comb += [mac.w_ready_next.eq(weights.last_ready_next), post.params_wanted.eq(mac.w.valid)]
+            m.d.comb += [
+                mac.x_ready_next.eq(activations.last_ready_next), mac.w_ready_next.eq(weights.last_ready_next),
+                post.params_wanted.eq(mac.w.valid),
+            ]  # fmt: skip
         connect(m, dma.weights, weights.writes[0])
         connect(m, post.acc_read, mac.acc_read)
 

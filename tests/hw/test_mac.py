@@ -7,7 +7,8 @@ import re
 from typing import Any
 
 import pytest
-from amaranth import ResetInserter, Signal
+from amaranth import Module, ResetInserter, Signal
+from amaranth.utils import ceil_log2
 
 from nibblecore.arch.config import ArchConfig
 from nibblecore.arch.elements import swap_cycles, tile_cycles
@@ -178,17 +179,20 @@ def run(
             ctx.set(engine.command.valid, 0)
             ctx.set(engine.command.payload, rng.getrandbits(256))
 
-    def buffer(port: Any, words: list[int], stall: float) -> Any:
+    # Whether a bank is free; the one that is asked for, as the buffer answers.
+    x_free, w_free = Signal(arch.act_banks), Signal()
+    row_bits = ceil_log2(arch.act_depth // arch.act_banks)
+
+    def buffer(port: Any, words: list[int], stall: float, free: Signal, free_next: Signal) -> Any:
         async def serve(ctx: Any) -> None:
             under_way: list[int | None] = [None] * LAST_READ_LATENCY
-            ready_next = True
+            free_then = (1 << len(free)) - 1
             while True:
                 arrived = under_way.pop()
                 ctx.set(port.data, rng.getrandbits(arch.word_bits) if arrived is None else words[arrived])
-                ready_now, ready_next = ready_next, rng.random() >= stall
-                ctx.set(port.ready, ready_now)
-                if port is engine.w:
-                    ctx.set(engine.w_ready_next, ready_next)
+                ctx.set(free, free_then)
+                free_then = sum((rng.random() >= stall) << n for n in range(len(free)))
+                ctx.set(free_next, free_then)
                 _, _, valid, ready, addr = await ctx.tick().sample(port.valid, port.ready, port.addr)
                 under_way.insert(0, addr if valid and ready else None)
 
@@ -254,12 +258,18 @@ def run(
         for _ in range(20):
             await ctx.tick()
 
-    dut = engine if reset_after is None else ResetInserter(rst)(engine)
+    dut = Module()
+    dut.submodules.engine = engine if reset_after is None else ResetInserter(rst)(engine)
+    dut.d.comb += [engine.x.ready.eq(x_free.bit_select(engine.x.addr[row_bits:], 1)), engine.w.ready.eq(w_free)]
     simulate(
         dut,
         offer,
         check,
-        background=[buffer(engine.x, x, x_stall), buffer(engine.w, w, w_stall), monitor],
+        background=[
+            buffer(engine.x, x, x_stall, x_free, engine.x_ready_next),
+            buffer(engine.w, w, w_stall, w_free, engine.w_ready_next),
+            monitor,
+        ],
         max_cycles=60_000,
     )
     assert len(trace.done) == len(instructions), label
@@ -353,19 +363,19 @@ def test_cycles_of_one_instruction(kind: str) -> None:
     engine = MacEngine(arch)
     trace = run(engine, arch, [i], seed=0)
     assert trace.done == [engine.cycles(pixels=6, passes=6)]
-    assert trace.entered[0] == engine.start_cycles == max(tile_cycles(arch), 4)
+    assert trace.entered[0] == engine.start_cycles == max(tile_cycles(arch), 5)
     assert engine.pass_cycles(pixels=1) == max(tile_cycles(arch), 4)
 
 
 @pytest.mark.parametrize(("pixels", "slack"), [(4, 0), (6, 2)])
 def test_a_command_is_in_time_until_the_first_pixel_of_the_pass_before(pixels: int, slack: int) -> None:
-    """The first command is accepted in cycle 2 and enters in cycle 4; the second is offered in cycle ``3 + gap``."""
+    """The first command is accepted in cycle 2 and enters in cycle 5; the second is offered in cycle ``3 + gap``."""
     arch = CONFIGS["square"]
     engine = MacEngine(arch)
     i = make(Opcode.MAC, cols=pixels, width=8)
     for gap in range(6):
         trace = run(engine, arch, [i, i], seed=gap, offer_gap=gap, drain=False)
-        assert trace.entered[pixels] == 4 + pixels + max(0, gap - 1 - slack), gap
+        assert trace.entered[pixels] == engine.start_cycles + pixels + max(0, gap - 1 - slack), gap
 
 
 def test_pixels_outside_the_map_need_no_bank() -> None:

@@ -4,7 +4,7 @@
 from collections.abc import MutableSequence, Sequence
 from typing import Any
 
-from amaranth import Cat, Module, Mux, Signal
+from amaranth import Cat, Module, Mux, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2
@@ -73,6 +73,9 @@ class MacEngine(wiring.Component):
         combinationally on ``w.ready``.
     w : Out(read_port(...))
         Reads of the weight buffer, at its last port.
+    x_ready_next : In(act_banks)
+        ``x.ready`` of the next cycle, for an address in each bank; only looked at where the activation memory is
+        ``dual``.
     w_ready_next : In(1)
         ``w.ready`` of the next cycle; only looked at where the weight memory is ``dual``.
     acc_read : In(acc_read_port(arch))
@@ -94,6 +97,7 @@ class MacEngine(wiring.Component):
     busy: Signal
     x: Any
     w: Any
+    x_ready_next: Signal
     w_ready_next: Signal
     acc_read: Any
     mac_weights: Signal
@@ -113,6 +117,7 @@ class MacEngine(wiring.Component):
                 "busy": Out(1),
                 "x": Out(read_port(addr_bits=ceil_log2(arch.act_depth), word_bits=arch.word_bits)),
                 "w": Out(read_port(addr_bits=ceil_log2(arch.weight_depth), word_bits=arch.word_bits)),
+                "x_ready_next": In(arch.act_banks),
                 "w_ready_next": In(1),
                 "acc_read": In(acc_read_port(arch)),
                 "mac_weights": Out(1),
@@ -124,7 +129,7 @@ class MacEngine(wiring.Component):
     @property
     def start_cycles(self) -> int:
         """Cycles from the first one with ``command.valid`` to the first pixel, from idle."""
-        return max(tile_cycles(self._arch), LoopNest.LATENCY)
+        return max(tile_cycles(self._arch), LoopNest.LATENCY + 1)
 
     @property
     def drain_cycles(self) -> int:
@@ -169,7 +174,12 @@ class MacEngine(wiring.Component):
 
         # A step of the nest is a pixel. It enters when its word is granted; the first one of a pass also waits for the
         # weight tile, whose last column may be granted in the same cycle, and for the accumulators of small tiles.
-        step = nest.o.payload
+        enters = Signal()
+        step = Signal(nest.o.payload.shape(), reset_less=True)
+        step_valid, takes_step = Signal(), Signal()
+        m.d.comb += [takes_step.eq(enters | ~step_valid), nest.o.ready.eq(takes_step)]
+        with m.If(takes_step):
+            m.d.sync += [step.eq(nest.o.payload), step_valid.eq(nest.o.valid)]
         tag = data.View(_TAG, step.tag)
         pass_begins, pass_ends = Signal(), Signal()
         first_pass, last_pass = Signal(), Signal()
@@ -180,7 +190,18 @@ class MacEngine(wiring.Component):
         is_short = Signal(init=1)
         may_begin_pass = Signal()  # tile_there & ~pausing
         may_enter = Signal()
-        enters = Signal()
+        goes = Signal()  # the pixel needs no word, or its bank is free
+        if arch.act_memory == "dual":
+            # Found out a cycle ahead, of both pixels that may be there then: the buffer is far away, and whether a
+            # pixel enters reaches much.
+            banks = slice(ceil_log2(arch.act_depth // arch.act_banks), ceil_log2(arch.act_depth))
+
+            def goes_next(pixel: data.View) -> Value:
+                return ~pixel.inside | self.x_ready_next.bit_select(pixel.addr[banks], 1)
+
+            m.d.sync += goes.eq(Mux(takes_step, goes_next(nest.o.payload), goes_next(step)))
+        else:
+            m.d.comb += goes.eq(~step.inside | self.x.ready)
         m.d.comb += [
             pass_begins.eq(step.first_inner),
             pass_ends.eq(step.last_inner),
@@ -188,12 +209,11 @@ class MacEngine(wiring.Component):
             last_pass.eq(step.last_outer),
             may_enter.eq(~pass_begins | may_begin_pass),
             self.x.addr.eq(step.addr),
-            self.x.valid.eq(nest.o.valid & step.inside & may_enter),
-            nest.o.ready.eq(may_enter & (~step.inside | self.x.ready)),
-            enters.eq(nest.o.valid & nest.o.ready),
+            self.x.valid.eq(step_valid & step.inside & may_enter),
+            enters.eq(step_valid & may_enter & goes),
             self.mac_active.eq(enters),
-            self.mac_bank.eq(self.x.valid & ~self.x.ready),
-            self.mac_weights.eq(nest.o.valid & pass_begins & ~may_begin_pass & ~pausing),
+            self.mac_bank.eq(step_valid & may_enter & ~goes),
+            self.mac_weights.eq(step_valid & pass_begins & ~may_begin_pass & ~pausing),
         ]
         # A pixel that has no partner when the next pass begins would be lost to elements that take pairs. They count
         # from the first pixel of a pass, as `second` does.
@@ -357,7 +377,7 @@ class MacEngine(wiring.Component):
         ]
 
         # Accepted and not done: a pass takes at least HAZARD cycles, and a few more instructions are in the nest.
-        unfinished = Signal(range(self.drain_cycles // self.HAZARD + 8))
+        unfinished = Signal(range(self.drain_cycles // self.HAZARD + 9))
         accepted = Signal()
         m.d.sync += [
             accepted.eq(self.command.valid & self.command.ready),

@@ -68,7 +68,7 @@ class CostParameters:
     issue: int = 2
     fetch_start: int = 6
     fetch_interval: int = 3
-    mac_start: int = 4
+    mac_start: int = 5
     mac_prefetch: bool = True
     mac_drain: int = 13
     mac_drain_dsp: int = 4
