@@ -91,9 +91,9 @@ def test_carry_chains_are_the_inferred_adders(yosys, lanes, levels_per_stage, ch
     [
         (TableColumns, {"lanes": 4, "columns": 2, "levels_per_stage": 1, "chain_cells": 16}),
         (TableColumns, {"lanes": 8, "columns": 1, "levels_per_stage": 2, "chain_cells": 48}),
-        (TableFill, {"lanes": 4, "columns": 2, "tag_bits": 1}),
+        (TableFill, {"lanes": 4, "columns": 2, "blocks": 2}),
         (TableColumns, {"lanes": 8, "columns": 1, "levels_per_stage": 2, "chain_cells": 48, "banks": 1}),
-        (TableFill, {"lanes": 4, "columns": 2, "tag_bits": 1, "banks": 1}),
+        (TableFill, {"lanes": 4, "columns": 2, "blocks": 2, "banks": 1}),
     ],
 )
 def test_carry_chains_of_tables_are_the_inferred_adders(yosys, component, options):

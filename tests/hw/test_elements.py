@@ -314,7 +314,7 @@ def test_entries_of_all_signs_and_base_make_the_signed_sum():
 def test_fill(lanes, columns, banks):
     """Entries, parities and bases of blocks that follow each other as closely as they may, or with pauses."""
     rng = random.Random(f"{lanes} {columns}")
-    fill = TableFill(lanes=lanes, columns=columns, tag_bits=3, banks=banks)
+    fill = TableFill(lanes=lanes, columns=columns, blocks=8, banks=banks)
     count = 16 // banks
     interval = max(1, count // columns)
     low = -8 if banks == 2 else -7
@@ -332,14 +332,15 @@ def test_fill(lanes, columns, banks):
         for now in range(cycle + fill.latency + 2):
             number, column, word = words.get(now, (rng.randrange(8), rng.randrange(columns), random_word(rng, lanes)))
             ctx.set(fill.load_stb, now in words)
-            ctx.set(fill.tag, number)
+            ctx.set(fill.block, number)
             ctx.set(fill.column, column)
             ctx.set(fill.weights, word)
-            _, _, stb, o = await ctx.tick().sample(fill.o_stb, fill.o)
+            _, _, stb, base_stb, o = await ctx.tick().sample(fill.o_stb, fill.base_stb, fill.o)
+            assert base_stb == (stb if o.index == 4 else 0)
             if stb:
                 entries = [[o.entries[group][n] for n in range(columns)] for group in range(lanes // 4)]
                 more = (o.bank, [o.odd[n] for n in range(columns)]) if banks == 2 else (1, None)
-                seen[now] = (o.tag, o.index, entries, list(o.base), *more)
+                seen[now] = (stb, o.index, entries, list(o.base), *more)
 
     simulate(fill, bench)
     assert list(seen) == [end + 5 + index for end in last for index in range(count)]
@@ -347,8 +348,8 @@ def test_fill(lanes, columns, banks):
     for number, (block, end) in enumerate(zip(blocks, last, strict=True)):
         groups = [[word[n : n + 4] for word in block] for n in range(0, lanes, 4)]
         for index in range(count):
-            tag, place, entries, base, bank, odd = seen[end + 5 + index]
-            assert (tag, place, bank) == (number, index, 1)
+            stb, place, entries, base, bank, odd = seen[end + 5 + index]
+            assert (stb, place, bank) == (1 << number, index, 1)
             assert entries == [[table_entry(weights, index, banks=banks) for weights in group] for group in groups]
             if index == 4:
                 sums = [[sum(weights) for weights in column] for column in zip(*groups, strict=True)]

@@ -89,7 +89,7 @@ class SystolicArray(wiring.Component):
             self._fill = TableFill(
                 lanes=arch.lanes,
                 columns=self._timing.fill_columns,
-                tag_bits=ceil_log2(arch.columns) - ceil_log2(self._timing.fill_columns),
+                blocks=arch.columns // self._timing.fill_columns,
                 technology=technology,
                 banks=self._timing.table_banks,
             )
@@ -206,30 +206,34 @@ class SystolicArray(wiring.Component):
         ]
         m.d.comb += [
             fill.weights.eq(self.weights),
-            Cat(fill.column, fill.tag).eq(self.column),
+            fill.column.eq(self.column),
             fill.load_stb.eq(self.load_stb),
         ]
         banks = self._timing.table_banks
         if banks == 2:
             m.d.comb += fill.bank.eq(bank)
+        if arch.columns > fill.columns:
+            m.d.comb += fill.block.eq(self.column[ceil_log2(fill.columns) :])
         # Of a block of columns, every group takes its own.
         parts = fill.columns // arch.post_lanes
-        blocks = arch.columns // fill.columns
-        write, write_stb = fill.o, fill.o_stb
+        write, write_stb, base_stb = fill.o, fill.o_stb, fill.base_stb
         for group, table in enumerate(self._tables):
             if group:
                 hop_coded = Signal.like(coded, name=f"coded{group}", reset_less=True)
                 hop_write = data.View(write.shape(), Signal(write.shape().size, name=f"write{group}", reset_less=True))
                 hop_bank = Signal(name=f"bank{group}", reset_less=True)
-                hop_swap, hop_stb = Signal(name=f"table_swap{group}"), Signal(name=f"write_stb{group}")
+                hop_swap = Signal(name=f"table_swap{group}")
+                hop_stb, hop_base_stb = (Signal.like(write_stb, name=f"{n}{group}") for n in ("write_stb", "base_stb"))
                 m.d.sync += [
                     hop_coded.eq(coded),
                     hop_bank.eq(bank),
                     hop_swap.eq(swap),
                     hop_write.eq(write),
                     hop_stb.eq(write_stb),
+                    hop_base_stb.eq(base_stb),
                 ]
-                coded, bank, swap, write, write_stb = hop_coded, hop_bank, hop_swap, hop_write, hop_stb
+                coded, bank, swap, write = hop_coded, hop_bank, hop_swap, hop_write
+                write_stb, base_stb = hop_stb, hop_base_stb
             first = group % parts * arch.post_lanes
             own = range(first, first + arch.post_lanes)
             m.submodules[f"group{group}"] = table
@@ -241,7 +245,8 @@ class SystolicArray(wiring.Component):
                     for n, entries in enumerate(write.entries)
                 ),
                 table.write.base.eq(Cat(write.base[column] for column in own)),
-                table.write_stb.eq(write_stb & (write.tag == group // parts if blocks > 1 else 1)),
+                table.write_stb.eq(write_stb[group // parts]),
+                table.base_stb.eq(base_stb[group // parts]),
             ]
             if banks == 2:
                 m.d.comb += [

@@ -83,12 +83,12 @@ def code_activations(activations: data.View, *, banks: int = 2) -> Value:
     return Cat(nibble ^ (0b0111 if n % GROUP == 3 else nibbles[n | 3]) for n, nibble in enumerate(nibbles))
 
 
-def write_layout(*, lanes: int, columns: int, tag_bits: int = 0, banks: int = 2) -> data.StructLayout:
+def write_layout(*, lanes: int, columns: int, banks: int = 2) -> data.StructLayout:
     """One entry of every group's table, for each of ``columns``.
 
-    ``bank``, ``index``: which entry; ``entries[group][column]``; with entry 4 also ``odd[column]``, a bit per group
+    ``bank``, ``index``: which entry; ``entries[group][column]``; with the base also ``odd[column]``, a bit per group
     that says whether the sum of its weights is odd, and ``base[column]``, the sum of all ``16 - ceil(S / 2)``, or
-    ``15 - ceil(S / 2)`` with one bank. ``bank`` and ``odd`` are there if there are two banks, ``tag`` if it has bits.
+    ``15 - ceil(S / 2)`` with one bank. ``bank`` and ``odd`` are there if there are two banks.
     """
     groups = lanes // GROUP
     return data.StructLayout(
@@ -98,7 +98,6 @@ def write_layout(*, lanes: int, columns: int, tag_bits: int = 0, banks: int = 2)
             "base": data.ArrayLayout(unsigned(base_bits(lanes, banks)), columns),
         }
         | ({"bank": 1, "odd": data.ArrayLayout(unsigned(groups), columns)} if banks == 2 else {})
-        | ({"tag": tag_bits} if tag_bits else {})
     )
 
 
@@ -123,8 +122,8 @@ class TableFill(wiring.Component):
         4, 8, 16, 32 or 64.
     columns : int
         Columns of a block, 1..64.
-    tag_bits : int
-        Width of the blocks' tags, which come back with their entries.
+    blocks : int
+        Blocks of an array, at least 1.
     technology : {"generic", "ecp5"}
         Subtracters that synthesis infers, or carry cells.
     banks : int
@@ -135,40 +134,47 @@ class TableFill(wiring.Component):
     weights : In(ArrayLayout(signed(4), lanes))
     column : In(log2(columns))
         Place in its block of the column of ``weights``.
-    tag : In(tag_bits)
-        Of the block; taken with the last column.
+    block : In(log2(blocks))
+        Where there are several: which one; taken with the last column.
     load_stb : In(1)
     bank : In(1)
         With two banks: which one is in use. The other one is filled.
-    o : Out(write_layout(lanes=lanes, columns=columns, tag_bits=tag_bits, banks=banks))
-    o_stb : Out(1)
+    o : Out(write_layout(lanes=lanes, columns=columns, banks=banks))
+    o_stb : Out(blocks)
+        The bit of the block whose entries are there.
+    base_stb : Out(blocks)
+        The same with entry 4, when the base is there. Both are registers: they reach all tables of a block.
     """
 
     weights: data.View
     column: Signal
-    tag: Signal
+    block: Signal
     load_stb: Signal
     bank: Signal
     o: data.View
     o_stb: Signal
+    base_stb: Signal
 
     def __init__(
-        self, *, lanes: int, columns: int, tag_bits: int = 0, technology: str = "generic", banks: int = 2
+        self, *, lanes: int, columns: int, blocks: int = 1, technology: str = "generic", banks: int = 2
     ) -> None:
         self._lanes = check_lanes(lanes)
         self._banks = check_banks(banks)
         check_int("columns", columns, 1, 64)
+        check_int("blocks", blocks, 1, 64)
         self._columns = columns
+        self._blocks = blocks
         self._technology = check_technology(technology)
         super().__init__(
             {
                 "weights": In(data.ArrayLayout(signed(4), lanes)),
                 "column": In(ceil_log2(columns)),
-                "tag": In(tag_bits),
                 "load_stb": In(1),
-                "o": Out(write_layout(lanes=lanes, columns=columns, tag_bits=tag_bits, banks=banks)),
-                "o_stb": Out(1),
+                "o": Out(write_layout(lanes=lanes, columns=columns, banks=banks)),
+                "o_stb": Out(blocks),
+                "base_stb": Out(blocks),
             }
+            | ({"block": In(ceil_log2(blocks))} if blocks > 1 else {})
             | ({"bank": In(1)} if banks == 2 else {})
         )
 
@@ -203,8 +209,16 @@ class TableFill(wiring.Component):
         word = register("word", data.ArrayLayout(received, groups))
         word_valid = Signal()
         column = Signal.like(self.column, reset_less=True)
-        tag = Signal.like(self.tag, reset_less=True)
-        m.d.sync += [word_valid.eq(self.load_stb), column.eq(self.column), tag.eq(self.tag)]
+        block = Signal(ceil_log2(self._blocks), reset_less=True) if self._blocks > 1 else Const(0)
+        # word_valid & (column == n), as registers: they reach thousands of others.
+        is_column = Signal(columns)
+        m.d.sync += [
+            word_valid.eq(self.load_stb),
+            column.eq(self.column),
+            is_column.eq(Cat(self.load_stb & (self.column == n) for n in range(columns))),
+        ]
+        if self._blocks > 1:
+            m.d.sync += block.eq(self.block)
         for group in range(groups):
             nibbles = [self.weights[GROUP * group + n].as_unsigned() for n in range(GROUP)]
             biased = [nibble ^ 0b1000 for nibble in nibbles]  # each 8 more, so that the sum is 32 more
@@ -227,20 +241,20 @@ class TableFill(wiring.Component):
 
         # The words of a block wait for the last one; then they are worked on while those of the next one come.
         begins = Signal()
-        m.d.comb += begins.eq(word_valid & (column == columns - 1))
+        m.d.comb += begins.eq(is_column[-1])
         work = [register(f"work{n}") for n in range(columns)]
         for n in range(columns - 1):
             waiting = register(f"waiting{n}")
-            with m.If(word_valid & (column == n)):
+            with m.If(is_column[n]):
                 m.d.sync += waiting.eq(taken)
             with m.If(begins):
                 m.d.sync += work[n].eq(waiting)
         running = Signal()
         index = Signal(ceil_log2(entries))
-        work_tag = Signal.like(tag, reset_less=True)
+        work_block = Signal.like(block, name="work_block", reset_less=True)
         m.d.sync += index.eq(index + 1)
         with m.If(begins):
-            m.d.sync += [work[-1].eq(taken), work_tag.eq(tag), running.eq(1), index.eq(0)]
+            m.d.sync += [work[-1].eq(taken), work_block.eq(block), running.eq(1), index.eq(0)]
         with m.Elif(index == entries - 1):
             m.d.sync += running.eq(0)
         if banks == 1:
@@ -248,7 +262,7 @@ class TableFill(wiring.Component):
                 m.d.sync += [of_group.start.eq(of_group.second_start) for of_column in work for of_group in of_column]
 
         # One subtracter per weight, with a register behind each.
-        stb, place = running, index
+        stb, place, stage_block = running, index, work_block
         values = [[work[n][group].start for n in range(columns)] for group in range(groups)]
         for lane in reversed(range(GROUP - 1)):
             differences: list[tuple[Value, Value, Value, Signal]] = []
@@ -279,8 +293,18 @@ class TableFill(wiring.Component):
                 ]
             stb_later = Signal(name=f"stb{lane}")
             place_later = Signal(index.shape(), name=f"place{lane}", reset_less=True)
-            m.d.sync += [stb_later.eq(stb), place_later.eq(place)]
-            stb, place, values = stb_later, place_later, later
+            block_later = Signal.like(block, name=f"block{lane}", reset_less=True)
+            m.d.sync += [stb_later.eq(stb), place_later.eq(place), block_later.eq(stage_block)]
+            if not lane:
+                # Of the last stage, all is known a cycle ahead.
+                strobes, base_strobes = Signal(self._blocks, name="strobes"), Signal(self._blocks, name="base_strobes")
+                own = [stb & (stage_block == n) for n in range(self._blocks)]
+                m.d.sync += [
+                    strobes.eq(Cat(own)),
+                    base_strobes.eq(Cat(is_own & (place == _BASE_INDEX) for is_own in own)),
+                ]
+                m.d.comb += [self.o_stb.eq(strobes), self.base_stb.eq(base_strobes)]
+            stb, place, stage_block, values = stb_later, place_later, block_later, later
 
         # The base of a column is made as its word comes, one adder after the other; it is there before entry 4.
         sums: list[Value] = [~word[group].start for group in range(groups)]
@@ -321,22 +345,11 @@ class TableFill(wiring.Component):
                 odd_out.eq(Cat(work[n][group].odd for n in range(columns) for group in range(groups))),
             ]
             m.d.comb += [self.o.bank.eq(bank), self.o.odd.eq(odd_out)]
-        tag_out = Signal.like(tag, reset_less=True)
-        # The tag is that of the entries, three registers behind the work.
-        tag_later: Value = work_tag
-        for n in range(GROUP - 2):
-            older_tag = Signal.like(tag, name=f"tag_later{n}", reset_less=True)
-            m.d.sync += older_tag.eq(tag_later)
-            tag_later = older_tag
-        m.d.sync += tag_out.eq(tag_later)
         m.d.comb += [
             self.o.index.eq(place),
             self.o.entries.eq(Cat(value for row in values for value in row)),
             self.o.base.eq(base_out),
-            self.o_stb.eq(stb),
         ]
-        if len(tag):
-            m.d.comb += self.o.tag.eq(tag_out)
         return m
 
 
@@ -370,7 +383,8 @@ class TableColumns(wiring.Component):
     swap_stb : In(1)
         With two banks: the bank is not that of the cycle before.
     write : In(write_layout(lanes=lanes, columns=columns, banks=banks))
-    write_stb : In(1)
+    write_stb, base_stb : In(1)
+        There is an entry; it is entry 4, and the base is there.
     sums : Out(columns * (8 + log2(lanes)))
         Column 0 in the low bits.
 
@@ -385,6 +399,7 @@ class TableColumns(wiring.Component):
     swap_stb: Signal
     write: data.View
     write_stb: Signal
+    base_stb: Signal
     sums: Signal
 
     def __init__(
@@ -411,6 +426,7 @@ class TableColumns(wiring.Component):
                 "activations": In(4 * lanes),
                 "write": In(write_layout(lanes=lanes, columns=columns, banks=banks)),
                 "write_stb": In(1),
+                "base_stb": In(1),
                 "sums": Out(columns * (8 + (lanes - 1).bit_length())),
             }
             | ({"bank": In(1), "swap_stb": In(1)} if banks == 2 else {})
@@ -467,8 +483,6 @@ class TableColumns(wiring.Component):
                 else:
                     signs[-1].append(Const(plane != 3, 1))
 
-        takes = Signal()
-        m.d.comb += takes.eq(self.write_stb & (self.write.index == _BASE_INDEX))
         for n in range(self._columns):
             shapes = {"base": (base_bits(self._lanes, banks), (15 if banks == 1 else 16) * groups)}
             if banks == 2:
@@ -478,12 +492,12 @@ class TableColumns(wiring.Component):
                 if banks == 1:
                     # The last activations of the tile before have met the base when entry 1 is written.
                     used[name] = active = Signal(bits_, name=f"{name}{n}", init=zero, reset_less=True)
-                    with m.If(takes):
+                    with m.If(self.base_stb):
                         m.d.sync += active.eq(self.write[name][n])
                     continue
                 shadow = Signal(bits_, name=f"{name}_shadow{n}", init=zero, reset_less=True)
                 used[name] = active = Signal(bits_, name=f"{name}{n}", init=zero, reset_less=True)
-                with m.If(takes):
+                with m.If(self.base_stb):
                     m.d.sync += shadow.eq(self.write[name][n])
                 with m.If(self.swap_stb):
                     m.d.sync += active.eq(shadow)
@@ -595,6 +609,7 @@ class LutramDot(DotElement):
             columns.activations.eq(code_activations(self.activations, banks=self.BANKS)),
             columns.write.eq(fill.o),
             columns.write_stb.eq(fill.o_stb),
+            columns.base_stb.eq(fill.base_stb),
             self.sum.eq(columns.sums),
         ]
         if self.BANKS == 1:
