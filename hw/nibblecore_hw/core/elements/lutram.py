@@ -37,7 +37,7 @@ for the adders: 25 leaves per plane of 16 lanes, one of them alone, instead of 2
 from collections.abc import Sequence
 from typing import Any, ClassVar, Final
 
-from amaranth.hdl import Cat, Const, Module, Signal, Value, signed, unsigned
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -81,6 +81,25 @@ def code_activations(activations: data.View, *, banks: int = 2) -> Value:
     if banks == 1:
         return Cat(nibbles)
     return Cat(nibble ^ (0b0111 if n % GROUP == 3 else nibbles[n | 3]) for n, nibble in enumerate(nibbles))
+
+
+_SUBTRACTERS_PER_GATE: Final = 16
+"""How many table entries of 5 bits one register gates: more are too far from each other in a large array."""
+
+
+def copies(m: Module, value: Value, count: int, *, name: str) -> list[Value]:
+    """``value``, a bit, behind ``count`` registers, at most 4, that synthesis leaves apart.
+
+    Yosys makes one of registers with the same input, whatever attributes they have. These have different contents
+    after power-up, or store the opposite.
+    """
+    check_int("count", count, 1, 4)
+    result: list[Value] = []
+    for n in range(count):
+        register = Signal(name=f"{name}_copy{n}", init=n & 1, reset_less=True)
+        m.d.sync += register.eq(~value if n & 2 else value)
+        result.append(~register if n & 2 else register)
+    return result
 
 
 def write_layout(*, lanes: int, columns: int, banks: int = 2) -> data.StructLayout:
@@ -252,9 +271,11 @@ class TableFill(wiring.Component):
         running = Signal()
         index = Signal(ceil_log2(entries))
         work_block = Signal.like(block, name="work_block", reset_less=True)
-        m.d.sync += index.eq(index + 1)
+        index_next = Signal.like(index)
+        m.d.comb += index_next.eq(Mux(begins, 0, index + 1))
+        m.d.sync += index.eq(index_next)
         with m.If(begins):
-            m.d.sync += [work[-1].eq(taken), work_block.eq(block), running.eq(1), index.eq(0)]
+            m.d.sync += [work[-1].eq(taken), work_block.eq(block), running.eq(1)]
         with m.Elif(index == entries - 1):
             m.d.sync += running.eq(0)
         if banks == 1:
@@ -263,6 +284,8 @@ class TableFill(wiring.Component):
 
         # One subtracter per weight, with a register behind each.
         stb, place, stage_block = running, index, work_block
+        place_next: Value = index_next
+        gates_count = min(4, max(1, groups * columns // _SUBTRACTERS_PER_GATE))
         values = [[work[n][group].start for n in range(columns)] for group in range(groups)]
         for lane in reversed(range(GROUP - 1)):
             differences: list[tuple[Value, Value, Value, Signal]] = []
@@ -270,6 +293,7 @@ class TableFill(wiring.Component):
                 [Signal(TABLE_BITS, name=f"value{lane}_{group}_{n}", reset_less=True) for n in range(columns)]
                 for group in range(groups)
             ]
+            gates = copies(m, place_next[lane], gates_count, name=f"gate{lane}")
             for group in range(groups):
                 for n in range(columns):
                     weight = work[n][group].weights[lane]
@@ -282,7 +306,9 @@ class TableFill(wiring.Component):
                             weight_later = older
                         weight = weight_later
                     difference = Signal(TABLE_BITS, name=f"difference{lane}_{group}_{n}")
-                    differences.append((values[group][n], Cat(weight, weight[3]), place[lane], difference))
+                    differences.append(
+                        (values[group][n], Cat(weight, weight[3]), gates[group * gates_count // groups], difference)
+                    )
                     m.d.sync += later[group][n].eq(difference)
             if self._technology == "ecp5":
                 subtract_gated(m, differences, chain_cells=48, name=f"subtract{lane}_")
@@ -304,6 +330,7 @@ class TableFill(wiring.Component):
                     base_strobes.eq(Cat(is_own & (place == _BASE_INDEX) for is_own in own)),
                 ]
                 m.d.comb += [self.o_stb.eq(strobes), self.base_stb.eq(base_strobes)]
+            place_next = place
             stb, place, stage_block, values = stb_later, place_later, block_later, later
 
         # The base of a column is made as its word comes, one adder after the other; it is there before entry 4.
