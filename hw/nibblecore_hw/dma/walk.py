@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from amaranth import Assert, Cat, Const, Module, Mux, Signal
+from amaranth import Assert, Cat, Const, Module, Mux, Signal, Value
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2
@@ -397,9 +397,10 @@ class WordWalk(wiring.Component):
         fields = self.i.payload
         step, take = active & self.o.ready, self.i.valid & self.i.ready
         counts = [Signal(bits, name=name, reset_less=True) for name, bits in self.counts.items()]
-        # How many words, rows and planes are behind us, and whether that makes the one at hand the last of its kind.
-        done = [Signal(bits, name=f"done_{name}", reset_less=True) for name, bits in self.counts.items()]
-        ends = [done[n] == counts[n] for n in range(3)]
+        # How many words, rows and planes follow, and whether none does: registers, as most of the walk waits for them.
+        left = [Signal(bits, name=f"left_{name}", reset_less=True) for name, bits in self.counts.items()]
+        ends = [Signal(name=f"{name}_ends", reset_less=True) for name in ("row", "plane", "planes")]
+        single = [Signal(name=f"single_{name}", reset_less=True) for name in self.counts]
         row_ends, plane_ends, planes_end = ends
         last = row_ends & plane_ends & planes_end
         m.d.comb += [
@@ -407,16 +408,21 @@ class WordWalk(wiring.Component):
             self.o.valid.eq(active),
             self.o.payload.last.eq(last),
         ]
+        moves: Value = step
+        for n in range(3):
+            with m.If(moves):
+                m.d.sync += [
+                    left[n].eq(Mux(ends[n], counts[n], left[n] - 1)),
+                    ends[n].eq(Mux(ends[n], single[n], left[n] == 1)),
+                ]
+            moves = moves & ends[n]
         with m.If(step):
-            m.d.sync += [active.eq(~last), done[0].eq(done[0] + 1)]
-            with m.If(row_ends):
-                m.d.sync += [done[0].eq(0), done[1].eq(done[1] + 1)]
-                with m.If(plane_ends):
-                    m.d.sync += [done[1].eq(0), done[2].eq(done[2] + 1)]
+            m.d.sync += active.eq(~last)
         with m.If(take):
             m.d.sync += active.eq(1)
-            m.d.sync += [count.eq(fields[name]) for count, name in zip(counts, self.counts, strict=True)]
-            m.d.sync += [number.eq(0) for number in done]
+            for n, name in enumerate(self.counts):
+                m.d.sync += [register.eq(fields[name]) for register in (counts[n], left[n])]
+                m.d.sync += [flag.eq(fields[name] == 0) for flag in (single[n], ends[n])]
         for out, first, first_step in (("addr", "local_addr", "local_step"), ("lane", "lane", "lane_step")):
             width = len(fields[first])
             here, row, plane = (
