@@ -130,14 +130,17 @@ def test_a_design_that_does_not_fit_is_told_by_how_much(monkeypatch: pytest.Monk
         monkeypatch.setattr(run, "_tool", None)
 
 
-def test_a_design_that_does_not_route_is_given_up(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("log", "best", "iterations"), [([500, 400], 400, 12), ([500, 100], 100, 102)])
+def test_a_design_that_does_not_route_is_given_up(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch, log: list[int], best: int, iterations: int
+) -> None:
     """The router's log as it looks when it goes round in circles: fewer overused wires at first, then more."""
-    log = [500, 400, *range(401, 412)]
+    log = [*log, *range(401, 512)]
     given_up_at = []
 
-    def router(command: list[str], folder: Path, name: str, watch: Any = None, stop: Any = None) -> Any:
+    def router(command: list[str], folder: Path, name: str, watch: Any = None, stop: Any = None, **more: Any) -> Any:
         if "nextpnr" not in command[0]:
-            return tool(command, folder, name)
+            return tool(command, folder, name, **more)
         for n, overused in enumerate(log):
             given_up_at[:] = [n + 1]
             watch(f"Info:     iter={n + 1} wires=9 overused={overused} overuse=600 archfail=NA\n")
@@ -146,14 +149,14 @@ def test_a_design_that_does_not_route_is_given_up(own_cache: Path, monkeypatch: 
     tool = run._tool
     monkeypatch.setattr(run, "_tool", router)
     text = (
-        r"^tiny \(core\) does not route with seed 1: after 12 iterations, at least 400 wires are wanted by more than "
-        r"one net, and it does not get better\.\nTake another seed, a larger device, or an element with fewer inputs "
-        r"per site \(lutram2 instead of bitplane\)\.$"
+        rf"^tiny \(core\) does not route with seed 1: after {iterations} iterations, at least {best} wires are wanted "
+        r"by more than one net, and it does not get better\.\nTake another seed, a larger device, or an element with "
+        r"fewer inputs per site \(lutram2 instead of bitplane\)\.$"
     )
     for _ in range(2):  # the second time without the tools
         with pytest.raises(run.DoesNotRoute, match=text):
             run.synthesize(Multiplier(), get_arch("tiny"), get_device("ecp5-25k"))
-        assert given_up_at == [12]
+        assert given_up_at == [iterations]
         monkeypatch.setattr(run, "_tool", None)
 
 

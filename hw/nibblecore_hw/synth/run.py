@@ -36,6 +36,9 @@ router2 not on a whole core of a quarter of it."""
 ROUTER2_PATIENCE: Final = 10
 """Iterations of router2 without fewer overused wires than before, after which it is stopped."""
 
+ROUTER2_LAST: Final = 100
+"""From so few overused wires on, router2 gets ten times as many iterations: they are quick, and it often ends well."""
+
 _FORMAT: Final = 1
 """Part of every key: change it when results of older code must not be used any more."""
 
@@ -346,7 +349,8 @@ class _Watcher:
             self.fits = True
         for iteration, overused in re.findall(r"^Info:\s+iter=(\d+) .*overused=(\d+) ", new, re.MULTILINE):
             self.best = min(self.best, (int(iteration), int(overused)), key=lambda found: found[1])
-            if int(iteration) - self.best[0] >= ROUTER2_PATIENCE:
+            patience = ROUTER2_PATIENCE * (10 if self.best[1] <= ROUTER2_LAST else 1)
+            if int(iteration) - self.best[0] >= patience:
                 raise DoesNotRoute(self.what, self.seed, self.best[1], int(iteration))
         for line in reversed(new.splitlines()):
             if match := re.match(r"Info:\s+at (?:initial placer )?iter(?:ation)? #?(\d+)", line):
