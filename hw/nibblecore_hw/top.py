@@ -114,7 +114,7 @@ class Accelerator(wiring.Component):
         m.submodules.activations = activations
         m.submodules.weights = weights
 
-        dma = (self._one_dma if arch.sequential else self._two_dmas)(m, fresh, control)
+        dma = self._one_dma(m, fresh, control) if arch.sequential else self._two_dmas(m, fresh, control, post)
 
         # Buffers, in order of priority: whoever asks less often wins.
         for client, port in zip((dma.act_read, post.act_read, mac.x), activations.reads, strict=True):
@@ -169,11 +169,12 @@ class Accelerator(wiring.Component):
             return SequentialBuffer(word_bits=self.arch.word_bits, **parameters)
         return BankedBuffer(banks=banks, word_bits=self.arch.word_bits, checks=self.checks, **parameters)
 
-    def _two_dmas(self, m: Module, fresh: ResetInserter, control: Any) -> "_Dma":
+    def _two_dmas(self, m: Module, fresh: ResetInserter, control: Any, post: Any) -> "_Dma":
         """Engines of their own for LOAD and STORE."""
         load, store = LoadDma(arch=self.arch), StoreDma(arch=self.arch)
         m.submodules.load = fresh(load)
         m.submodules.store = fresh(store)
+        m.d.comb += load.act_ready_next.eq(~post.act_write_next)
         for port, unit, stall in (
             (control.load, load, control.stalls.load_bus),
             (control.store, store, control.stalls.store_bus),

@@ -61,6 +61,7 @@ class DmaPair(wiring.Component):
         connect(m, load.act, buffer.writes[0])
         connect(m, store.act, buffer.reads[0])
         m.d.comb += [
+            load.act_ready_next.eq(1),
             *(
                 engine.region.eq(self.regions[data.View(instruction_layout(opcode), engine.command.payload).region])
                 for engine, opcode in ((load, Opcode.LOAD), (store, Opcode.STORE))

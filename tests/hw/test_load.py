@@ -81,10 +81,13 @@ def run_load(
     async def observe(ctx: Any) -> None:
         left, last_ar, cycle = tail, False, 0
         ready = {port: Stalls(write_stall, seed=seed + 2 + n) for n, port in enumerate((dut.act, dut.weights))}
+        act_ready_next = True
         while left:
             ctx.set(dut.stop, stop_at is not None and cycle >= stop_at)
-            for port, stalls in ready.items():
-                ctx.set(port.ready, not stalls.pause())
+            ctx.set(dut.weights.ready, not ready[dut.weights].pause())
+            ctx.set(dut.act.ready, act_ready_next)
+            act_ready_next = not ready[dut.act].pause()
+            ctx.set(dut.act_ready_next, act_ready_next)
             values = await ctx.tick().sample(
                 dut.command.valid & dut.command.ready, dut.done_stb, dut.error_stb, dut.error_cause, dut.busy,
                 dut.stall_bus_stb, dut.bus.arvalid, dut.bus.arready, dut.idle,
@@ -343,6 +346,7 @@ def test_reset_after_stop() -> None:
     async def bench(ctx: Any) -> None:
         ctx.set(dut.region, {"base": 0, "size": SIZE})
         ctx.set(dut.act.ready, 1)
+        ctx.set(dut.act_ready_next, 1)
         await put(ctx, dut.command, isa.encode(load))
         for _ in range(20):
             await ctx.tick()

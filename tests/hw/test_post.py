@@ -84,6 +84,7 @@ def run(
             await ctx.tick()
             ctx.set(reset, 0)
         now, done, sent, began, busy_wanted, last_write = 0, 0, 0, None, False, None
+        announced = 0
         while done < len(program):
             for port, pauses in stalls.items():
                 ctx.set(port.ready, not pauses.pause())
@@ -92,7 +93,10 @@ def run(
                 began = now
                 ctx.set(dut.command.payload, encode(program[sent]))
                 ctx.set(dut.command.valid, 1)
+            write_next = ctx.get(dut.act_write_next)
             transfer, done_stb, busy, bank_stall, acc_en, acc, params, read, write = await sample(ctx)
+            assert write[0] == announced, f"a write is not there when announced, cycle {now}, seed {seed}"
+            announced = write_next
             strobes += bank_stall
             assert busy == busy_wanted, f"busy is {busy} in cycle {now}, seed {seed}"
             if done_stb:

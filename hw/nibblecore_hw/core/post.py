@@ -193,6 +193,8 @@ class WordFifo(wiring.Component):
         A word.
     o_valid, o_ready, o_data
         The oldest word, as in a stream.
+    o_valid_next : Out(1)
+        ``o_valid`` of the next cycle.
     freed_stb : Out(1)
         A place in the memory has become free the cycle before: one pulse per word.
     """
@@ -202,6 +204,7 @@ class WordFifo(wiring.Component):
     o_valid: Signal
     o_ready: Signal
     o_data: Signal
+    o_valid_next: Signal
     freed_stb: Signal
 
     def __init__(self, *, word_bits: int, depth: int) -> None:
@@ -215,6 +218,7 @@ class WordFifo(wiring.Component):
                 "o_valid": Out(1),
                 "o_ready": In(1),
                 "o_data": Out(word_bits),
+                "o_valid_next": Out(1),
                 "freed_stb": Out(1),
             }
         )
@@ -234,12 +238,13 @@ class WordFifo(wiring.Component):
             read.en.eq(fetch),
             fetch.eq((level != 0) & (~self.o_valid | self.o_ready)),
             self.o_data.eq(read.data),
+            self.o_valid_next.eq(fetch | (self.o_valid & ~self.o_ready)),
         ]
         m.d.sync += [
             head.eq(head + self.i_en),
             tail.eq(tail + fetch),
             level.eq(level + self.i_en - fetch),
-            self.o_valid.eq(fetch | (self.o_valid & ~self.o_ready)),
+            self.o_valid.eq(self.o_valid_next),
             self.freed_stb.eq(fetch),
         ]
         return m
@@ -292,6 +297,8 @@ class PostUnit(wiring.Component):
         Activation buffer.
     act_write : Out(write_port(...))
         Activation buffer; ``parts_per_brick`` parts per word.
+    act_write_next : Out(1)
+        ``act_write.valid`` of the next cycle.
     acc_read : Out(acc_read_port(arch))
         Accumulators.
     """
@@ -304,6 +311,7 @@ class PostUnit(wiring.Component):
     params_wanted: Signal
     act_read: Any
     act_write: Any
+    act_write_next: Signal
     acc_read: Any
 
     READ_AHEAD = 16
@@ -324,6 +332,7 @@ class PostUnit(wiring.Component):
                 "act_write": Out(
                     write_port(addr_bits=act_addr_bits, word_bits=arch.word_bits, parts=arch.parts_per_brick)
                 ),
+                "act_write_next": Out(1),
                 "acc_read": Out(acc_read_port(arch)),
             }
         )
@@ -765,6 +774,7 @@ class PostUnit(wiring.Component):
             # The nest has no fewer places than there are words: it gives one per cycle, and is as quick to begin as
             # the one that what is written has been read by.
             self.act_write.valid.eq(fifo.o_valid),
+            self.act_write_next.eq(fifo.o_valid_next),
             granted.eq(fifo.o_valid & self.act_write.ready),
             fifo.o_ready.eq(self.act_write.ready),
             writes.o.ready.eq(granted),

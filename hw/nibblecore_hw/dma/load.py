@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from amaranth import Cat, Module, Mux, Signal
+from amaranth import Cat, Module, Mux, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2
@@ -59,6 +59,8 @@ class LoadDma(wiring.Component):
         The region of the instruction on ``command``.
     act, weights : Out(write_port(...))
         To the buffers.
+    act_ready_next : In(1)
+        ``act.ready`` of the next cycle; only looked at, instead of that, where the activation memory is ``dual``.
     bus : Out(axi_read_signature(arch))
     done_stb : Out(1)
         An instruction's last word was written.
@@ -82,6 +84,7 @@ class LoadDma(wiring.Component):
     region: Any
     act: Any
     weights: Any
+    act_ready_next: Signal
     bus: Any
     done_stb: Signal
     busy: Signal
@@ -101,6 +104,7 @@ class LoadDma(wiring.Component):
                 "region": In(region_layout()),
                 "act": Out(write_port(addr_bits=act_bits, word_bits=arch.word_bits, parts=arch.parts_per_brick)),
                 "weights": Out(write_port(addr_bits=weight_bits, word_bits=arch.word_bits, parts=1)),
+                "act_ready_next": In(1),
                 "bus": Out(axi_read_signature(arch)),
                 "done_stb": Out(1),
                 "busy": Out(1),
@@ -191,9 +195,14 @@ class LoadDma(wiring.Component):
         lane = words.o.payload.lane
         word = skid.o.payload.bits.word_select(lane, arch.word_bits) if len(lane) else skid.o.payload.bits
         usable, written = Signal(), Signal()
+        act_ready: Value = self.act.ready
+        if arch.act_memory == "dual":
+            # What the other writer does is known a cycle ahead; it is far away.
+            act_ready = Signal(init=1)
+            m.d.sync += act_ready.eq(self.act_ready_next)
         m.d.comb += [
             usable.eq(skid.o.valid & words.o.valid & ~halted & ~skid.o.payload.error),
-            written.eq(usable & Mux(target == LoadTarget.ACTIVATIONS, self.act.ready, self.weights.ready)),
+            written.eq(usable & Mux(target == LoadTarget.ACTIVATIONS, act_ready, self.weights.ready)),
             skid.o.ready.eq(written | halted),
             words.o.ready.eq(written),
         ]
