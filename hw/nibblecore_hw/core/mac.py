@@ -190,7 +190,7 @@ class MacEngine(wiring.Component):
         is_short = Signal(init=1)
         may_begin_pass = Signal()  # tile_there & ~pausing
         may_enter = Signal()
-        goes = Signal()  # the pixel needs no word, or its bank is free
+        goes = Signal()  # there is a pixel, and it needs no word, or its bank is free
         if arch.act_memory == "dual":
             # Found out a cycle ahead, of both pixels that may be there then: the buffer is far away, and whether a
             # pixel enters reaches much.
@@ -199,9 +199,9 @@ class MacEngine(wiring.Component):
             def goes_next(pixel: data.View) -> Value:
                 return ~pixel.inside | self.x_ready_next.bit_select(pixel.addr[banks], 1)
 
-            m.d.sync += goes.eq(Mux(takes_step, goes_next(nest.o.payload), goes_next(step)))
+            m.d.sync += goes.eq(Mux(takes_step, nest.o.valid & goes_next(nest.o.payload), goes_next(step)))
         else:
-            m.d.comb += goes.eq(~step.inside | self.x.ready)
+            m.d.comb += goes.eq(step_valid & (~step.inside | self.x.ready))
         m.d.comb += [
             pass_begins.eq(step.first_inner),
             pass_ends.eq(step.last_inner),
@@ -210,7 +210,7 @@ class MacEngine(wiring.Component):
             may_enter.eq(~pass_begins | may_begin_pass),
             self.x.addr.eq(step.addr),
             self.x.valid.eq(step_valid & step.inside & may_enter),
-            enters.eq(step_valid & may_enter & goes),
+            enters.eq(may_enter & goes),
             self.mac_active.eq(enters),
             self.mac_bank.eq(step_valid & may_enter & ~goes),
             self.mac_weights.eq(step_valid & pass_begins & ~may_begin_pass & ~pausing),
