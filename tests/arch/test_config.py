@@ -35,6 +35,7 @@ def config(**changes: object) -> ArchConfig:
             "burst_beats=1 is less than the 2 beats of 32 bits that a word of 64 bits takes",
         ),
         ({"element": "magic"}, "element must be one of generic, bitplane, lutram, lutram2, dsp, not 'magic'"),
+        ({"adder_levels": 0}, "adder_levels must be in 1..4, not 0"),
         ({"dsp_columns": True}, "dsp_columns must be an integer, not True"),
         ({"dsp_columns": 12}, "dsp_columns must be a multiple of 2 * post_lanes = 8 below columns=16, not 12"),
         ({"dsp_columns": -8}, "dsp_columns must be a multiple of 2 * post_lanes = 8 below columns=16, not -8"),
@@ -96,7 +97,7 @@ def test_from_dict_names_unknown_and_missing_fields() -> None:
 
 def test_hash_ignores_what_programs_do_not_see() -> None:
     base = config(element="generic")
-    assert base.hash == base.replace(name="other", element="bitplane").hash
+    assert base.hash == base.replace(name="other", element="bitplane", adder_levels=1).hash
     assert base.hash != base.replace(act_depth=8192).hash
     assert base.differences(base.replace(act_depth=8192, bus_bits=128)) == [
         "act_depth: 4096, not 8192",

@@ -12,7 +12,9 @@ from nibblecore_hw.core.mac import MacEngine
 
 
 @pytest.mark.parametrize("name", ["small", "large"])
-@pytest.mark.parametrize("changes", [{}, {"element": "dsp"}, {"dsp_columns": 8}], ids=["plain", "dsp", "mix"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"element": "dsp"}, {"dsp_columns": 8}, {"adder_levels": 1}], ids=["plain", "dsp", "mix", "levels"]
+)
 def test_cycles_of_one_instruction(name: str, changes: dict[str, Any]) -> None:
     """Any tile: shorter than the load of its weights, and longer by an even and by an odd number of pixels."""
     arch = get_arch(name).replace(**changes)

@@ -45,6 +45,7 @@ ARRAYS = {
     "tables_narrow": config(8, 2, post_lanes=1, element="lutram2"),
     "tables_wide": config(4, 8, post_lanes=4, element="lutram2"),
     "tables_two_groups_at_once": config(8, 32, post_lanes=4, element="lutram2"),
+    "tables_all_levels": config(8, 8, post_lanes=4, element="lutram2", adder_levels=1),
     "tables_one_column": config(4, 1, post_lanes=1, element="lutram2"),
     "tables_mix": config(4, 16, element="lutram2", dsp_columns=8),
     "one_table": config(4, 4, element="lutram"),

@@ -40,12 +40,12 @@ CONFIGS = {
     "one_group": config(4, 4, post_lanes=4),
     "one_column": config(4, 1, post_lanes=1, element="bitplane"),
     "dsp": config(4, 4, element="dsp"),
-    "tables": config(4, 4, element="lutram2"),
+    "tables": config(4, 4, element="lutram2", adder_levels=1),
     "tables_mix": config(4, 8, element="lutram2", dsp_columns=4),
     "one_table": config(4, 4, element="lutram"),
     "one_table_single": config(8, 8, post_lanes=1, element="lutram", act_memory="single", weight_memory="single"),
     "one_table_mix": config(4, 8, element="lutram", dsp_columns=4),
-    "mix": config(4, 8, element="bitplane", dsp_columns=4),
+    "mix": config(4, 8, element="bitplane", dsp_columns=4, adder_levels=1),
 }
 
 

@@ -43,7 +43,7 @@ class SystolicArray(wiring.Component):
     Parameters
     ----------
     arch : ArchConfig
-        ``lanes``, ``columns``, ``post_lanes``, ``element`` and ``dsp_columns`` count.
+        ``lanes``, ``columns``, ``post_lanes``, ``element``, ``dsp_columns`` and ``adder_levels`` count.
     technology : {"generic", "ecp5"}
         Primitives that the elements may instantiate.
 
@@ -82,6 +82,7 @@ class SystolicArray(wiring.Component):
                     lanes=arch.lanes,
                     columns=arch.post_lanes,
                     technology=technology,
+                    levels_per_stage=arch.adder_levels,
                     banks=self._timing.table_banks,
                 )
                 for _ in range(plain_columns // arch.post_lanes)
@@ -94,8 +95,9 @@ class SystolicArray(wiring.Component):
                 banks=self._timing.table_banks,
             )
         else:
+            options = {"levels_per_stage": arch.adder_levels} if arch.element == "bitplane" else {}
             self._elements = [
-                make_element(arch.element, lanes=arch.lanes, inverted=True, technology=technology)
+                make_element(arch.element, lanes=arch.lanes, inverted=True, technology=technology, **options)
                 for _ in range(plain_columns)
             ]
         self._quads = [

@@ -31,7 +31,7 @@ class FpgaDevice:
     synth : tuple of str
         Options of the family's ``synth`` command.
     pins : tuple of str
-        Places of :data:`PINS`; empty where nextpnr finds them.
+        Places of the first ones of :data:`PINS`; nextpnr finds those of the others.
     frequency_mhz : float
         What placement and routing are asked for.
     technology : str
@@ -94,9 +94,15 @@ class FpgaDevice:
             steps.append("iopadmap -bits -inpad IBUF O:I -outpad OBUF I:O top")
         return [*steps, f"write_json {netlist}"]
 
+    @property
+    def pins_file(self) -> str:
+        """Name of the file that ``options`` name for :meth:`constraints`."""
+        return "pins.lpf" if self.family == "ecp5" else "pins.cst"
+
     def constraints(self) -> str:
-        """Contents of ``pins.cst``, or nothing."""
-        return "".join(f'IO_LOC "{port}" {pin};\n' for port, pin in zip(PINS, self.pins, strict=False))
+        """Contents of :attr:`pins_file`, or nothing."""
+        line = 'LOCATE COMP "{}" SITE "{}";\n' if self.family == "ecp5" else 'IO_LOC "{}" {};\n'
+        return "".join(line.format(port, pin) for port, pin in zip(PINS, self.pins, strict=False))
 
 
 def _synth(command: str) -> list[str]:
@@ -161,7 +167,11 @@ def _ecp5(name: str, lut: int, lutram: int, bram: int, dsp: int) -> FpgaDevice:
         lutram=lutram,
         bram=bram,
         dsp=dsp,
-        options=(f"--{name}", "--package", "CABGA381", "--speed", "6", "--lpf-allow-unconstrained"),
+        options=(
+            *(f"--{name}", "--package", "CABGA381", "--speed", "6", "--lpf", "pins.lpf", "--lpf-allow-unconstrained"),
+        ),
+        # A clock input: the static placer puts the clock where no global network begins.
+        pins=("G2",),
         synth=("-no-rw-check", "-nowidelut"),
         technology="ecp5",
     )

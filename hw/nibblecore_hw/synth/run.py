@@ -30,8 +30,12 @@ from .check import check_netlist
 from .devices import FpgaDevice
 
 ROUTER2_MACS: Final = 1024
-"""From so many MACs on nextpnr's router2 is taken: its default, router1, does not converge on arrays of that size, and
-router2 not on a whole core of a quarter of it."""
+"""From so many MACs on nextpnr's router2 is taken, behind its static placer: router1, the default, does not converge on
+arrays of that size, router2 not on what the heap placer makes of them, and not on a whole core of a quarter of it."""
+
+HEAP_TIMING_WEIGHT: Final = 40
+"""Four times nextpnr's default: without it, cores fill up with paths of few hops and long wires (68 MHz instead of 87
+in the same core of 256 MACs)."""
 
 ROUTER2_PATIENCE: Final = 10
 """Iterations of router2 without fewer overused wires than before, after which it is stopped."""
@@ -314,6 +318,8 @@ def count(component: Any, device: FpgaDevice, report: Callable[[str], None] = la
 
 _USED: Final = re.compile(r"^Info:\s+(\w+):\s+(\d+)/\s*(\d+)\s+\d+%$", re.MULTILINE)
 
+_PLACER: Final = re.compile(r"^Info: (Plac|Running Static placer)", re.MULTILINE)
+
 _WHAT_TO_LOWER: Final = {
     "lut": "lanes or columns (the array), or post_lanes",
     "lutram": "columns of an element with tables, queue_depth, outstanding or burst_beats",
@@ -344,7 +350,7 @@ class _Watcher:
 
     def __call__(self, new: str) -> None:
         self.text += new
-        if not self.fits and (found := _USED.findall(self.text)) and "Info: Plac" in self.text.split(found[-1][0])[-1]:
+        if not self.fits and (found := _USED.findall(self.text)) and _PLACER.search(self.text.split(found[-1][0])[-1]):
             self._check({kind: (int(used), int(there)) for kind, used, there in found})
             self.fits = True
         for iteration, overused in re.findall(r"^Info:\s+iter=(\d+) .*overused=(\d+) ", new, re.MULTILINE):
@@ -355,6 +361,8 @@ class _Watcher:
         for line in reversed(new.splitlines()):
             if match := re.match(r"Info:\s+at (?:initial placer )?iter(?:ation)? #?(\d+)", line):
                 self.say(f"placing, iteration {match[1]}")
+            elif match := re.match(r"Info:\s+iter=(\d+) steplen", line):
+                self.say(f"placing, step {match[1]}")
             elif match := re.match(r"Info:\s+\d+ \|.*\|\s*(\d+)\|", line):
                 self.say(f"routing, {int(match[1]):,} arcs to go")
             elif match := re.match(r"Info:\s+iter=(\d+) .*overused=(\d+)", line):
@@ -384,6 +392,9 @@ def _route(
     """nextpnr's report and usage for one seed, and whether it was known."""
     options = [*device.options, "--freq", str(frequency_mhz), "--timing-allow-fail"]
     options += ["--router", router, "--seed", str(seed)]
+    if device.family == "ecp5":
+        static = ["--placer", "static"]
+        options += static if router == "router2" else ["--placer-heap-timingweight", str(HEAP_TIMING_WEIGHT)]
     key = _key(netlist=netlist.key, options=options, pins=device.constraints(), tool=tool_version(device.nextpnr))
     kept = cache_dir() / "synth" / f"route-{key}.json"
     if kept.exists():
@@ -395,7 +406,7 @@ def _route(
         return known, True
     if not (folder / "top.json").exists():
         (folder / "top.json").write_bytes(gzip.decompress(netlist.packed.read_bytes()))
-    (folder / "pins.cst").write_text(device.constraints())
+    (folder / device.pins_file).write_text(device.constraints())
     watcher = _Watcher(device, what, seed, report)
     command = [device.nextpnr, *options, "--json", "top.json", "--report", f"report{seed}.json"]
     try:

@@ -48,6 +48,9 @@ class ArchConfig:
     dsp_columns : int
         So many columns, the last ones, are ``dsp`` elements whatever ``element`` says of the others: a multiple of
         ``2 * post_lanes`` below ``columns``. 0 where ``element`` is ``dsp``, because then all are.
+    adder_levels : int
+        Adders between two registers of ``bitplane``, ``lutram`` and ``lutram2``, 1..4: with fewer, an element is faster
+        and takes more flip-flops and a few more cycles from a product to its sum.
     acc_bits : int
         Width of an accumulator, 24..32. Sums wrap; only the final one has to fit.
     acc_depth : int
@@ -85,6 +88,7 @@ class ArchConfig:
     pixels: int = 1
     element: str = "generic"
     dsp_columns: int = 0
+    adder_levels: int = 2
     acc_bits: int = 24
     acc_depth: int = 512
     post_lanes: int = 4
@@ -137,6 +141,7 @@ class ArchConfig:
                 f"queue_depth=0 has one element, which computes column after column: element must be 'generic', not "
                 f"{self.element!r}, dsp_columns 0, not {self.dsp_columns}, and columns at least 2, not {self.columns}"
             )
+        self._check_range("adder_levels", 1, 4)
         self._check_range("acc_bits", 24, 32)
         self._check_range("addr_bits", 16, 64)
         self._check_range("semaphore_bits", 2, 8)
@@ -276,9 +281,10 @@ class ArchConfig:
         return cls(**values)
 
     def program_view(self) -> dict[str, Any]:
-        """The fields that a program depends on: all but the name and the kinds of elements, with their weight range."""
+        """The fields that a program depends on: all but the name and what elements are made of, with their weight
+        range."""
         view = self.to_dict()
-        del view["name"], view["element"], view["dsp_columns"]
+        del view["name"], view["element"], view["dsp_columns"], view["adder_levels"]
         view["weight_range"] = list(self.weight_range)
         return view
 
@@ -322,13 +328,21 @@ ARCHS: Final[dict[str, ArchConfig]] = {
         ),
         ArchConfig(name="small", lanes=16, columns=16, element="bitplane", weight_depth=1024),
         ArchConfig(
-            name="large", lanes=32, columns=32, element="lutram2", act_depth=8192, weight_depth=4096, bus_bits=128
+            name="large",
+            lanes=32,
+            columns=32,
+            element="lutram2",
+            adder_levels=1,
+            act_depth=8192,
+            weight_depth=4096,
+            bus_bits=128,
         ),
         ArchConfig(
             name="xlarge",
             lanes=32,
             columns=64,
             element="lutram2",
+            adder_levels=1,
             post_lanes=8,
             act_depth=8192,
             weight_depth=4096,

@@ -44,6 +44,8 @@ class CostParameters:
         From a MAC's last pixel to its done pulse, one hop per further column group not counted.
     mac_drain_dsp : int
         What ``dsp`` elements add to it.
+    mac_drain_levels : int
+        What a register behind every adder adds to it (``adder_levels=1``).
     acc_hazard : int
         Shortest pass.
     post_start, post_end, post_end_add, post_end_raw : int
@@ -72,6 +74,7 @@ class CostParameters:
     mac_prefetch: bool = True
     mac_drain: int = 13
     mac_drain_dsp: int = 4
+    mac_drain_levels: int = 3
     acc_hazard: int = 4
     post_start: int = 6
     post_end: int = 16
@@ -193,6 +196,8 @@ def timing(i: Instruction, arch: ArchConfig, cost: CostParameters = DEFAULT_COST
         busy = passes * pass_cycles(arch, pixels, cost)
         idle = pass_cycles(arch, pixels, cost) - pixels  # behind the last pixel of the last pass
         late = cost.mac_drain_dsp if arch.paired_columns else 0
+        if arch.adder_levels == 1 and arch.element not in ("generic", "dsp"):
+            late += cost.mac_drain_levels
         tail = cost.mac_drain + late + arch.columns // arch.post_lanes - 2 - idle
         gap = mac_gap(arch, cost) + record_cycles(arch, pixels, cost)
         return Timing(max(cost.mac_start, tile_cycles(arch)), busy, tail, gap)
