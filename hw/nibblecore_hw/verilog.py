@@ -13,6 +13,7 @@ from amaranth.lib.wiring import In
 
 _ATTRIBUTES: Final = ("generator", "top", "src", "amaranth.hierarchy", "amaranth.decoding")
 _MEMORY_INIT: Final = re.compile(r"  cell \$meminit_v2 .*?\n  end\n", re.DOTALL)
+_ELEMENT: Final = re.compile(r"\\([^\s\[\]]+)\[(\d+)\] ")
 _FUNCTION: Final = re.compile(r"\\(\$procmux\$\d+) ")
 _NONZERO: Final = re.compile(r"connect \\DATA \d+'[0x]*1")
 _READ_PORT: Final = re.compile(r"  cell \$memrd_v2 .*?\n  end\n", re.DOTALL)
@@ -76,5 +77,8 @@ def to_verilog(component: Any, *, name: str, platform: Any = None, spoil_collisi
         ]
         yosys = find_yosys(lambda version: version >= (0, 40))
         result: str = yosys.run(["-q", "-"], "\n".join(script), ignore_warnings=True)
+    # The elements of an array are called as Yosys calls the bits of a wire when it hands them to ABC9. In large
+    # circuits it takes the ones for the others: ``Assert `GetSize(conn.first) == GetSize(conn.second)' failed``.
+    result = _ELEMENT.sub(r"\\\1.\2 ", result)
     # Functions named like system tasks: legal as escaped names, but Icarus takes them for system tasks.
     return _FUNCTION.sub(lambda m: m.group(1).replace("$", "_")[1:] + " ", result)
