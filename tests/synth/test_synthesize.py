@@ -219,3 +219,11 @@ def test_hops_have_our_names() -> None:
     hops: list[dict[str, Any]] = [{"net": net} for net in nets]
     hops.append({"to": {"cell": "core.post.high_TRELLIS_FF_Q_1"}})
     assert run._own_names(hops) == ["mac.total", "mac.nest", "post.high", "post.high", "post.high", "post.high"]
+
+
+def test_the_cells_of_a_chain_are_one_step() -> None:
+    cell = {"cell": "core.column0_row1_stage0_TRELLIS_FF_Q"}
+    nets = ("core.sign2_TRELLIS_FF_Q", "core.column0_chain1_2$CCU2_FCI_INT", "core.column0_chain1_2_COUT",
+            "core.column0_chain1_13_S0", "core.row12_3_stage0")  # fmt: skip
+    names = ["sign2", *["column0_chain1"] * 3, "row12_3_stage0"]
+    assert run._own_names([{"net": net, "to": cell} for net in nets]) == names

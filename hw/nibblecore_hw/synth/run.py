@@ -549,6 +549,8 @@ _PRIMITIVES: Final = (
     r"SB_RAM40_4K|SB_SPRAM256KA|DFF\w*|ALU|MUX2_LUT\d|MULT18X18|SDPB|RAM16SDP4"
 )
 _SUFFIX: Final = re.compile(rf"(_({_PRIMITIVES})_\w+)+")
+_CHAIN_CELL: Final = re.compile(r"_\d+(\$CCU2_\w+|_COUT|_S[01])$")
+"""What nextpnr and our own carry chains add to the name of a chain for each of its cells."""
 
 
 def _critical_path(result: dict[str, Any]) -> list[str]:
@@ -583,6 +585,7 @@ def _own_names(path: Sequence[dict[str, Any]]) -> list[str]:
     names: list[str] = []
     for hop in reversed(path):
         name = _SUFFIX.sub("", hop.get("net") or hop["to"]["cell"]).removeprefix("core.")
+        name = _CHAIN_CELL.sub("", name)
         name = re.sub(r"(\[\d+\])+$", "", name)
         module, _, leaf = name.rpartition(".")
         if leaf.startswith("$") or not leaf:
