@@ -32,7 +32,8 @@ from .devices import FpgaDevice
 ROUTER2_MACS: Final = 1024
 """From so many MACs on nextpnr's router2 is taken, behind its static placer: router1, the default, does not converge on
 arrays of that size, router2 not on what the heap placer makes of them, and not on a whole core of a quarter of it. With
-``--tmg-ripup`` no net makes a long detour: 130 MHz instead of 105."""
+``--tmg-ripup`` no net of an array makes a long detour: 130 MHz instead of 105. Where the placement itself is too slow,
+as that of whole cores, router2 does not end with it."""
 
 HEAP_TIMING_WEIGHT: Final = 40
 """Four times nextpnr's default: without it, cores fill up with paths of few hops and long wires (68 MHz instead of 87
@@ -382,6 +383,7 @@ def _route(
     *,
     seed: int,
     router: str,
+    repair: bool,
     frequency_mhz: float,
     what: str,
     report: Callable[[str], None],
@@ -391,7 +393,7 @@ def _route(
     options = [*device.options, "--freq", str(frequency_mhz), "--timing-allow-fail"]
     options += ["--router", router, "--seed", str(seed)]
     if device.family == "ecp5":
-        static = ["--placer", "static", "--tmg-ripup"]
+        static = ["--placer", "static", *(["--tmg-ripup"] if repair else [])]
         options += static if router == "router2" else ["--placer-heap-timingweight", str(HEAP_TIMING_WEIGHT)]
     key = _key(netlist=netlist.key, options=options, pins=device.constraints(), tool=tool_version(device.nextpnr))
     kept = cache_dir() / "synth" / f"route-{key}.json"
@@ -491,6 +493,7 @@ def synthesize(
                 folder,
                 seed=seed,
                 router=router,
+                repair=part != "core",
                 frequency_mhz=frequency_mhz or device.frequency_mhz,
                 what=f"{arch.name} ({part})",
                 report=functools.partial(_tell, report, place),
