@@ -304,6 +304,17 @@ class ArchConfig:
         return dataclasses.replace(self, **changes)
 
 
+_LARGE: Final = ArchConfig(
+    name="large",
+    lanes=32,
+    columns=32,
+    element="lutram2",
+    adder_levels=1,
+    act_depth=8192,
+    weight_depth=4096,
+    bus_bits=128,
+)
+
 ARCHS: Final[dict[str, ArchConfig]] = {
     a.name: a
     for a in (
@@ -327,27 +338,8 @@ ARCHS: Final[dict[str, ArchConfig]] = {
             counters=False,
         ),
         ArchConfig(name="small", lanes=16, columns=16, element="bitplane", weight_depth=1024),
-        ArchConfig(
-            name="large",
-            lanes=32,
-            columns=32,
-            element="lutram2",
-            adder_levels=1,
-            act_depth=8192,
-            weight_depth=4096,
-            bus_bits=128,
-        ),
-        ArchConfig(
-            name="xlarge",
-            lanes=32,
-            columns=64,
-            element="lutram2",
-            adder_levels=1,
-            post_lanes=8,
-            act_depth=8192,
-            weight_depth=4096,
-            bus_bits=128,
-        ),
+        _LARGE,
+        _LARGE.replace(name="xlarge", columns=64, post_lanes=8),
     )
 }
 """Named cores: ``tiny`` for an iCE40 UP5K, ``small`` for an ECP5-25F, ``large`` and ``xlarge`` for an ECP5-85F."""

@@ -88,10 +88,10 @@ _SUBTRACTERS_PER_GATE: Final = 16
 
 
 def copies(m: Module, value: Value, count: int, *, name: str) -> list[Value]:
-    """``value``, a bit, behind ``count`` registers, at most 4, that synthesis leaves apart.
+    """``value``, a bit, one cycle later, from each of ``count`` registers that synthesis leaves apart.
 
-    Yosys makes one of registers with the same input, whatever attributes they have. These have different contents
-    after power-up, or store the opposite.
+    ``ValueError`` where ``count`` is not in 1..4. Yosys makes one of registers with the same input, whatever attributes
+    they have. These have different contents after power-up, or store the opposite.
     """
     check_int("count", count, 1, 4)
     result: list[Value] = []
