@@ -48,7 +48,7 @@ def build_part(part: str, arch: ArchConfig, *, technology: str) -> Any:
         case "requantizer" if arch.sequential:
             return SerialRequantizer(acc_bits=arch.acc_bits)
         case "post":
-            return PostUnit(arch)
+            return PostUnit(arch, technology=technology)
         case "requantizer":
             return RequantLane(acc_bits=arch.acc_bits)
         case "load" | "store" if arch.sequential:
@@ -58,7 +58,7 @@ def build_part(part: str, arch: ArchConfig, *, technology: str) -> Any:
         case "store":
             return StoreDma(arch=arch)
         case "control":
-            return SequentialControl(arch=arch) if arch.sequential else Control(arch=arch)
+            return SequentialControl(arch=arch) if arch.sequential else Control(arch=arch, technology=technology)
     raise ConfigError(f"there is no part {part!r}; known are {', '.join(PARTS)}")
 
 

@@ -61,7 +61,7 @@ class Accelerator(wiring.Component):
     arch : ArchConfig
         What to build.
     technology : {"generic", "ecp5"}
-        Primitives that the array's elements may instantiate.
+        Primitives that may be instantiated.
     checks : bool
         Assert in simulation that no buffer word is read while it is written.
 
@@ -98,11 +98,14 @@ class Accelerator(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         arch = self.arch
-        control_type = SequentialControl if arch.sequential else Control
-        m.submodules.control = control = control_type(arch=arch, axi_id=FETCH_ID)
+        m.submodules.control = control = (
+            SequentialControl(arch=arch, axi_id=FETCH_ID)
+            if arch.sequential
+            else Control(arch=arch, axi_id=FETCH_ID, technology=self.technology)
+        )
         fresh = ResetInserter(control.core_reset)
         mac = SequentialMac(arch) if arch.sequential else MacEngine(arch, technology=self.technology)
-        post = SequentialPost(arch) if arch.sequential else PostUnit(arch)
+        post = SequentialPost(arch) if arch.sequential else PostUnit(arch, technology=self.technology)
         m.submodules.mac = fresh(mac)
         m.submodules.post = fresh(post)
         m.submodules.arbiter = arbiter = AxiReadArbiter(arch=arch)
@@ -167,7 +170,9 @@ class Accelerator(wiring.Component):
         """For engines that work beside each other, or one after the other."""
         if self.arch.sequential:
             return SequentialBuffer(word_bits=self.arch.word_bits, **parameters)
-        return BankedBuffer(banks=banks, word_bits=self.arch.word_bits, checks=self.checks, **parameters)
+        return BankedBuffer(
+            banks=banks, word_bits=self.arch.word_bits, technology=self.technology, checks=self.checks, **parameters
+        )
 
     def _two_dmas(self, m: Module, fresh: ResetInserter, control: Any, post: Any) -> "_Dma":
         """Engines of their own for LOAD and STORE."""

@@ -8,7 +8,7 @@ from nibblecore.arch.config import get_arch
 from nibblecore.arch.isa import Engine, LoadTarget, Opcode, OutputMode, Region, make
 from nibblecore.compiler.cost import CostParameters, simulate, stolen_words, timing, transfer_cycles
 
-ARCH = get_arch("small")
+ARCH = get_arch("small").replace(element="bitplane")
 MAC = make(Opcode.MAC, rows=8, cols=8, bricks=4, kernel_y=3, kernel_x=3, w_step=16)
 
 

@@ -102,7 +102,7 @@ def test_cycles_are_those_of_the_compiled_layer(arch: str, layer: LayerShape, bi
 
 
 def test_a_pixel_waits_for_its_weights() -> None:
-    core = get_arch("small")
+    core = get_arch("small").replace(element="bitplane")
     found = layer_throughput(shape(height=1, width=1, cin=256, cout=256, kernel=1, padding=0), core)
     # 16 bricks for each of 16 column tiles: as many cycles as columns for each.
     assert (found.cycles, found.lost_cycles) == (16 * 16 * 16, 16 * 16 * 12)
@@ -141,7 +141,7 @@ def test_the_command() -> None:
 
 
 def test_figures_of_an_array() -> None:
-    core = get_arch("small")
+    core = get_arch("small").replace(element="bitplane")
     figures = array_figures(core)
     assert (figures["lost_per_tile"], figures["shortest_pass"]) == (0, 16)
     assert figures["networks"].keys() == NETWORKS.keys()

@@ -198,9 +198,11 @@ class IssueSpec(wiring.Component):
                 Assert(tokens <= 3, "a token was taken that was not there"),
                 Assert(room <= 3, "a full semaphore was signalled"),
             ]
+        takes = Signal(len(Engine))
+        m.d.sync += takes.eq(starts.replicate(len(Engine)) & word[4:8])
         m.d.comb += [
-            Assert(~starts | ((word[4:8] & ~stage.available) == 0), "started without a token"),
-            Assert(stage.take == starts.replicate(4) & word[4:8], "took something else than it waits for"),
+            Assert(~starts | ((word[4:8] & ~(stage.available & ~stage.take)) == 0), "started without a token"),
+            Assert(stage.take == takes, "took something else than what it has waited for"),
         ]
         before = Signal(2)
         m.d.sync += before.eq(Cat(self.hold | ~self.prepared, stage.command.valid))
@@ -277,9 +279,9 @@ def test_issue_stage_starts_in_order_with_its_tokens_and_signals_once() -> None:
 
 
 def test_issue_stage_with_its_memory() -> None:
-    prove(IssueSpec(memory=True), mode="bmc", depth=9)
+    prove(IssueSpec(memory=True), mode="bmc", depth=11)
 
 
 def test_issue_stage_spec_is_not_empty() -> None:
     prove(IssueSpec(memory=False), mode="cover", depth=20)
-    prove(IssueSpec(memory=True), mode="cover", depth=26)
+    prove(IssueSpec(memory=True), mode="cover", depth=32)

@@ -20,7 +20,7 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In
 
 from nibblecore_hw.core import elements
-from nibblecore_hw.core.accumulate import EitherAdder
+from nibblecore_hw.core.accumulate import AccumulateAdder
 from nibblecore_hw.core.elements import BitplaneDot, GenericDot, TableColumns, TableFill, ecp5
 from nibblecore_hw.core.elements.dsp import ProductTrees
 from nibblecore_sim.toolchain import find_smt, find_yosys
@@ -143,8 +143,8 @@ def test_adder_of_alternatives(yosys, bits):
         f"{CELLS}\nread_rtlil gate.il\nhierarchy -top top\nprep -flatten -top top\ndesign -stash gate\n"
         "design -copy-from gold -as gold top\ndesign -copy-from gate -as gate top\n"
         "miter -equiv -flatten gold gate miter\nsat -verify -prove trigger 0 miter\n",
-        gold=EitherAdder(bits=bits),
-        gate=EitherAdder(bits=bits, technology="ecp5"),
+        gold=AccumulateAdder(bits=bits),
+        gate=AccumulateAdder(bits=bits, technology="ecp5"),
     )
     assert code == 0, log[-3000:]
     assert "SAT proof finished - no model found: SUCCESS!" in log

@@ -10,7 +10,7 @@ import pytest
 
 from nibblecore.arch.config import ArchConfig
 from nibblecore.arch.elements import element_timing, swap_cycles, tile_cycles
-from nibblecore_hw.core.accumulate import Accumulators, EitherAdder
+from nibblecore_hw.core.accumulate import AccumulateAdder, Accumulators
 from nibblecore_hw.core.array import SystolicArray
 from nibblecore_hw.layouts import ACC_READ_LATENCY
 from nibblecore_sim.pysim import simulate
@@ -212,7 +212,7 @@ def test_errors() -> None:
     for make in (
         lambda: SystolicArray(config(), technology="gowin"),
         lambda: Accumulators(config(), sum_bits=12, latencies=[1, 2], technology="gowin"),
-        lambda: EitherAdder(bits=4, technology="gowin"),
+        lambda: AccumulateAdder(bits=4, technology="gowin"),
     ):
         with pytest.raises(ValueError, match="^technology must be one of generic, ecp5, not 'gowin'$"):
             make()

@@ -142,6 +142,7 @@ def play(seed: int, arch: ArchConfig = ARCH) -> tuple[int, int]:
     started: dict[Engine, list[int]] = {e: [] for e in Engine}
     signalled: dict[Engine, int] = dict.fromkeys(Engine, 0)
     done: dict[Engine, int] = dict.fromkeys(Engine, 0)
+    takes: dict[Engine, int] = dict.fromkeys(Engine, 0)
     blocked = 0
     overlapped = 0
 
@@ -181,16 +182,17 @@ def play(seed: int, arch: ArchConfig = ARCH) -> tuple[int, int]:
                 assert available == sum(1 << a for a in Engine if a is not e and tokens[a, e] > 0), f"seed {seed}"
                 assert full == sum(1 << b for b in Engine if b is not e and tokens[e, b] == maximum), f"seed {seed}"
                 assert waiting & available == 0, f"seed {seed}"
+                # Tokens are taken in the cycle after a transfer.
+                assert ctx.get(stage.take) == takes[e], f"seed {seed}"
+                moves += [(a, e, -1) for a in isa.engines_in(takes[e])]
+                takes[e] = 0
                 if ctx.get(stage.command.valid) and ctx.get(stage.command.ready):
                     taken = expected[e][len(started[e])]
                     assert ctx.get(stage.command.payload) == isa.encode(program[taken]), f"{taken} (seed {seed})"
-                    assert ctx.get(stage.take) == program[taken]["wait"], f"{taken} (seed {seed})"
-                    moves += [(a, e, -1) for a in isa.engines_in(program[taken]["wait"])]
+                    takes[e] = program[taken]["wait"]
                     overlapped += bool(running[e])
                     started[e].append(taken)
                     running[e].append(rng.randrange(slowest[e]))
-                else:
-                    assert ctx.get(stage.take) == 0, f"seed {seed}"
                 # A finished instruction signals as soon as none of its semaphores is full, and in order.
                 signal = held = 0
                 if signalled[e] < done[e]:
@@ -243,7 +245,7 @@ def command(engine: Engine, **masks: list[Engine]) -> int:
 def test_cycles_from_queue_to_offer_and_from_start_to_the_next_offer(engine: Engine, bus_bits: int) -> None:
     arch = ARCH.replace(bus_bits=bus_bits, burst_beats=16)
     dut = Cluster(arch)
-    stage, cycles = dut.stages[engine], max(4, beats_of(arch, engine) + 2)
+    stage, cycles = dut.stages[engine], max(6, beats_of(arch, engine) + 4)
 
     async def bench(ctx: SimulatorContext) -> None:
         await dut.put(ctx, engine, command(engine), 1)  # queued in cycle 0

@@ -15,9 +15,11 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from nibblecore.arch.config import ELEMENT_WEIGHT_RANGE, ArchConfig
+from nibblecore_hw.core.accumulate import Accumulators
 from nibblecore_hw.core.array import SystolicArray
 from nibblecore_hw.core.elements import ELEMENTS, make_element
 from nibblecore_hw.core.requantize import RequantLane
+from nibblecore_hw.mem.block import BlockMemory
 from nibblecore_hw.mem.buffer import BankedBuffer
 from nibblecore_hw.mem.sequential import SequentialBuffer
 from nibblecore_hw.synth.devices import FpgaDevice, get_device
@@ -87,13 +89,43 @@ class Memories(wiring.Component):
         return m
 
 
+class BlockMemories(wiring.Component):
+    """A BlockMemory of each shape that block RAM can have, and of some that take several or leave a rest; all at one
+    address."""
+
+    SHAPES = ((512, 36, 1), (1024, 18, 1), (2048, 9, 1), (4096, 4, 1), (8192, 2, 1), (16384, 1, 1),
+              (512, 96, 3), (1024, 20, 2), (600, 9, 1), (300, 40, 2))  # fmt: skip
+    """Words, their bits, how many ``DP16KD`` they take."""
+
+    read: Signal
+    write: Signal
+    enable: Signal
+    word: Signal
+
+    def __init__(self, technology: str) -> None:
+        self._technology = technology
+        words = {f"word{depth}x{bits}": Out(bits) for depth, bits, _ in self.SHAPES}
+        super().__init__({"read": In(14), "write": In(14), "enable": In(1), "word": In(96), **words})
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        for depth, bits, _ in self.SHAPES:
+            memory = BlockMemory(width=bits, depth=depth, technology=self._technology)
+            m.submodules[f"memory{depth}x{bits}"] = memory
+            m.d.comb += [
+                memory.read_addr.eq(self.read), getattr(self, f"word{depth}x{bits}").eq(memory.read_data),
+                memory.write_addr.eq(self.write), memory.write_data.eq(self.word), memory.write_en.eq(self.enable),
+            ]  # fmt: skip
+        return m
+
+
 def small(element: str) -> ArchConfig:
     return ArchConfig(name="t", lanes=4, columns=4, post_lanes=2, element=element, acc_depth=16, act_depth=256,
                       weight_depth=256)  # fmt: skip
 
 
 def buffer(**arguments: Any) -> Callable[[str], BankedBuffer]:
-    return lambda technology: BankedBuffer(**arguments)
+    return lambda technology: BankedBuffer(technology=technology, **arguments)
 
 
 COMPONENTS: dict[str, Callable[[str], Any]] = {
@@ -111,7 +143,12 @@ COMPONENTS: dict[str, Callable[[str], Any]] = {
     },
     "requantizer": lambda technology: RequantLane(acc_bits=24),
     "sum_of_products": lambda technology: SumOfProducts(keep=True),
+    # Groups whose sums come at different times, and so wide that accumulators wrap.
+    "accumulators": lambda technology: Accumulators(
+        small("generic"), sum_bits=16, latencies=[1, 4], technology=technology
+    ),
     "memories": lambda technology: Memories(),
+    "block_memories": BlockMemories,
     # A part of 9 bits, a whole word of 36: each way of block RAM.
     "buffer_parts": buffer(depth=2048, banks=2, word_bits=36, parts=4, kind="dual", readers=3, writers=2),
     "buffer_words": buffer(depth=512, banks=1, word_bits=32, parts=1, kind="dual", readers=2, writers=1),

@@ -247,3 +247,53 @@ def test_block_ram_of_every_shape(bench: Any) -> None:
     text = bench.player.netlists["memories"].path.read_text()
     widths = {int(width) for width in re.findall(r"\.DATA_WIDTH_[AB]\(32'd(\d+)\)", text)}
     assert widths == {bits for _, bits, _ in dut.SHAPES}
+
+
+def test_block_memories_of_every_shape(bench: Any) -> None:
+    """A word two cycles after its address, out of the register of block RAM: no flip-flop, no LUT."""
+    seed = 8
+    dut, rng = bench.component("block_memories"), random.Random(seed)
+    spaces = {depth: 1 << (depth - 1).bit_length() for depth, _, _ in dut.SHAPES}
+
+    def place() -> int:
+        """An address that every memory has."""
+        while True:
+            addr = rng.getrandbits(14)
+            if all(addr % space < depth for depth, space in spaces.items()):
+                return addr
+
+    few = [place() for _ in range(12)]
+    rows: list[Port] = []
+    for _ in range(6000):
+        write, read = rng.choice(few), rng.choice((rng.choice(few), place()))
+        # Only while nothing is written, the same word of any memory.
+        enable = (read ^ write) % min(spaces.values()) != 0 and rng.random() < 0.7
+        rows.append({"read": read, "write": write, "enable": enable, "word": rng.getrandbits(96)})
+    outputs = bench.play("block_memories", [*rows, {}, {}])
+    for depth, bits, _ in dut.SHAPES:
+        memory = [0] * depth
+        read_again = changed = 0
+        for cycle, row in enumerate(rows):
+            read, write = row["read"] % spaces[depth], row["write"] % spaces[depth]
+            got, want = outputs[cycle + 2][f"word{depth}x{bits}"], memory[read]
+            where = f"{depth} words of {bits} bits, seed {seed}, cycle {cycle}"
+            assert got == want, f"{where}: {got:x}, not {want:x}"
+            read_again += want != 0
+            if row["enable"]:
+                before, memory[write] = memory[write], row["word"] & (1 << bits) - 1
+                changed += before != memory[write]
+        assert changed > 500
+        assert read_again > 500
+    if bench.device.family != "ecp5":
+        return
+    netlist = bench.player.netlists["block_memories"]
+    cells = {kind: count for kind, count in netlist.cells.items() if not kind.startswith("$")}
+    assert cells == {"DP16KD": sum(count for _, _, count in dut.SHAPES)}
+    text = netlist.path.read_text()
+    widths = {int(width) for width in re.findall(r"\.DATA_WIDTH_[AB]\(32'd(\d+)\)", text)}
+    assert widths == {36, 18, 9, 4, 2, 1}
+    assert set(re.findall(r"\.REGMODE_[AB]\(\"(\w+)\"\)", text)) == {"OUTREG"}
+    # A block RAM of 36 bits has no write enable but those of its bytes.
+    wide = [ram for ram in text.split("DP16KD #(")[1:] if ".DATA_WIDTH_A(32'd36)" in ram]
+    assert len(wide) == 6
+    assert all(".WEA(1'h1)" in ram and all(f".ADA{n}(enable)" in ram for n in range(4)) for ram in wide)

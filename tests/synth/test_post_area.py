@@ -37,7 +37,7 @@ def test_a_lane_takes_two_multipliers(make_lane: Callable[[], Any], tmp_path: Pa
 
 
 def test_post_unit_of_small(tmp_path: Path) -> None:
-    found = cells(PostUnit(get_arch("small")), tmp_path)
+    found = cells(PostUnit(get_arch("small"), technology="ecp5"), tmp_path)
     assert found["MULT18X18D"] == 2 * get_arch("small").post_lanes
     assert found["DP16KD"] == 4
     assert found["TRELLIS_DPR16X4"] <= 72

@@ -1,13 +1,12 @@
-"""Accumulators: one memory per column group and bank, with a pipelined read-modify-write."""
+"""Accumulators: memories of column groups with a pipelined read-modify-write."""
 
 import functools
 import operator
 from collections.abc import Sequence
 from typing import Any
 
-from amaranth import Cat, Module, Mux, Signal, signed, unsigned
+from amaranth import Cat, Module, Mux, Signal, Value, signed, unsigned
 from amaranth.lib import data, wiring
-from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2
 
@@ -15,15 +14,15 @@ from nibblecore.arch.config import ArchConfig
 from nibblecore.arch.numerics import wrap
 
 from ..layouts import ACC_READ_LATENCY, acc_read_port
-from .elements.base import check_technology
-from .elements.ecp5 import add_either
+from ..mem.block import BlockMemory
+from ..technology import check_technology
+from .elements.ecp5 import add_kept
 
 
-class EitherAdder(wiring.Component):
-    """``(left[0] | left[1]) + (right[0] | right[1])``, modulo ``2**bits``, in the same cycle.
+class AccumulateAdder(wiring.Component):
+    """``(kept & keep) + (either[0] | either[1])``, modulo ``2**bits``, in the same cycle.
 
-    Where one of each pair is 0, this adds what a register with a reset has chosen: on an ECP5 the four inputs of a
-    carry cell take both pairs, and no LUT stands before the adder.
+    On an ECP5 the four inputs of a carry cell take all of it, and no LUT stands before the adder.
 
     Parameters
     ----------
@@ -34,7 +33,9 @@ class EitherAdder(wiring.Component):
 
     Members
     -------
-    left, right : In(bits).array(2)
+    kept : In(bits)
+    keep : In(1)
+    either : In(bits).array(2)
     total : Out(bits)
 
     Raises
@@ -43,21 +44,22 @@ class EitherAdder(wiring.Component):
         If the technology is unknown.
     """
 
-    left: Any
-    right: Any
+    kept: Signal
+    keep: Signal
+    either: Any
     total: Signal
 
     def __init__(self, *, bits: int, technology: str = "generic") -> None:
         self._technology = check_technology(technology)
-        super().__init__({"left": In(bits).array(2), "right": In(bits).array(2), "total": Out(bits)})
+        super().__init__({"kept": In(bits), "keep": In(1), "either": In(bits).array(2), "total": Out(bits)})
 
     def elaborate(self, platform: Any) -> Module:
         m = Module()
-        left, right = (self.left[0], self.left[1]), (self.right[0], self.right[1])
+        either = (self.either[0], self.either[1])
         if self._technology == "ecp5":
-            add_either(m, left, right, self.total, name="chain")
+            add_kept(m, self.kept, self.keep, either, self.total, name="chain")
         else:
-            m.d.comb += self.total.eq((left[0] | left[1]) + (right[0] | right[1]))
+            m.d.comb += self.total.eq((self.kept & self.keep.replicate(len(self.kept))) + (either[0] | either[1]))
         return m
 
 
@@ -90,8 +92,10 @@ class Accumulators(wiring.Component):
     ``done_stb`` comes with the first cycle in which all groups hold the result of a pixel with ``end``: in cycle
     ``k + done_latency``.
 
-    The banks are separate memories: ``read`` may read one bank in every cycle while the other one is added to. It must
-    not read the bank that is being added to. Contents are undefined after power-up and survive a reset.
+    Every group has two memories of both banks, which are written alike: one gives what is added to, the other one what
+    ``read`` asks for. So nothing has to be chosen behind a memory, and ``read`` may read one bank in every cycle while
+    the other one is added to. It must not read the bank that is being added to. Contents are undefined after power-up
+    and survive a reset.
 
     Parameters
     ----------
@@ -168,45 +172,37 @@ class Accumulators(wiring.Component):
             delayed.append(stage)
         m.d.comb += self.done_stb.eq(delayed[self.done_latency].valid & delayed[self.done_latency].end)
 
-        # What block RAM gives goes into registers that are reset, one of all to add or to drain: so an OR chooses, for
-        # which an adder's carry cells have inputs left.
-        drains: list[Signal] = []
+        # Nobody waits for `read.en`, which comes late: what nobody asks for goes nowhere.
+        asked = Signal(groups, reset_less=True)
+        m.d.sync += asked.eq(1 << self.read.group)
+        gates = Signal.like(asked, reset_less=True)
+        m.d.sync += gates.eq(asked)
+        words: list[Value] = []
         word = data.ArrayLayout(signed(arch.acc_bits), arch.post_lanes)
         for group in range(groups):
             arrival = self._latencies[group]
-            # The memory's word and the sum to be added to it stand side by side in the cycle of delayed[arrival];
-            # what is to happen to them is decided one before.
+            # The memory's address is asked for in the cycle of delayed[arrival - 1]; its word and the sum to be added
+            # to it stand side by side two cycles later.
             begin, end = delayed[arrival - 1], delayed[arrival + 2]
-            before = [Signal(word, name=f"before{group}_{bank}", reset_less=True) for bank in range(2)]
             totals = Signal(word, name=f"totals{group}", reset_less=True)
-            for bank in range(2):
-                memory = Memory(shape=unsigned(word.size), depth=arch.acc_depth, init=[], attrs={"no_rw_check": 1})
-                m.submodules[f"group{group}_bank{bank}"] = memory
-                read, write = memory.read_port(), memory.write_port()
-                adding, draining = Signal(name=f"adding{group}_{bank}"), Signal(name=f"draining{group}_{bank}")
-                counts, drained = (Signal(name=f"{n}{group}_{bank}", reset_less=True) for n in ("counts", "drained"))
-                drain = Signal(word.size, name=f"drain{group}_{bank}", reset_less=True)
-                drains.append(drain)
+            memories = [
+                BlockMemory(width=word.size, depth=2 * arch.acc_depth, technology=self._technology) for _ in range(2)
+            ]
+            for name, memory, addr in (
+                ("added", memories[0], Cat(begin.addr, begin.bank)),
+                ("drained", memories[1], Cat(self.read.addr, self.read.bank)),
+            ):
+                m.submodules[f"group{group}_{name}"] = memory
                 m.d.comb += [
-                    adding.eq(begin.valid & (begin.bank == bank)),
-                    draining.eq((self.read.bank == bank) & (self.read.group == group)),
-                    read.addr.eq(Mux(adding, begin.addr, self.read.addr)),
-                    # Always, as `read.en` comes late; what nobody asks for goes nowhere.
-                    read.en.eq(1),
-                    write.addr.eq(end.addr),
-                    write.data.eq(totals),
-                    write.en.eq(end.valid & (end.bank == bank)),
+                    memory.read_addr.eq(addr),
+                    memory.write_addr.eq(Cat(end.addr, end.bank)),
+                    memory.write_data.eq(totals),
+                    memory.write_en.eq(end.valid),
                 ]
-                m.d.sync += [
-                    counts.eq((begin.bank == bank) & ~begin.overwrite),
-                    drained.eq(draining),
-                    before[bank].eq(read.data),
-                    drain.eq(read.data),
-                ]
-                with m.If(~counts):
-                    m.d.sync += before[bank].eq(0)
-                with m.If(~drained):
-                    m.d.sync += drain.eq(0)
+            words.append(memories[1].read_data & gates[group].replicate(word.size))
+            kept = data.View(word, memories[0].read_data)
+            keeps = [Signal(name=f"{n}{group}", reset_less=True) for n in ("kept", "keep")]
+            m.d.sync += [keeps[0].eq(~begin.overwrite), keeps[1].eq(keeps[0])]
             shifts, by_8 = (Signal(name=f"{n}{group}", reset_less=True) for n in ("shifts", "by_8"))
             m.d.sync += [shifts.eq(begin.shift != 0), by_8.eq(begin.shift[1])]
             for lane in range(arch.post_lanes):
@@ -218,15 +214,15 @@ class Accumulators(wiring.Component):
                     m.d.sync += [straight.eq(0), shifted.eq(Mux(by_8, product << 8, product << 4))]
                 with m.Else():
                     m.d.sync += [straight.eq(product), shifted.eq(0)]
-                m.submodules[f"add{column}"] = adder = EitherAdder(bits=arch.acc_bits, technology=self._technology)
-                m.d.comb += [adder.left[bank].eq(before[bank][lane]) for bank in range(2)]
-                m.d.comb += [adder.right[0].eq(straight), adder.right[1].eq(shifted)]
+                m.submodules[f"add{column}"] = adder = AccumulateAdder(bits=arch.acc_bits, technology=self._technology)
+                m.d.comb += [adder.kept.eq(kept[lane]), adder.keep.eq(keeps[1])]
+                m.d.comb += [adder.either[0].eq(straight), adder.either[1].eq(shifted)]
                 m.d.sync += totals[lane].eq(adder.total)
 
-        # The memory's register and `drain` are the first two edges, the register behind the OR is the third.
+        # The memory's two registers are the first two edges, the one behind the OR is the third.
         assert ACC_READ_LATENCY == 3
         drained_word = Signal(word, reset_less=True)
-        m.d.sync += drained_word.eq(functools.reduce(operator.or_, drains))
+        m.d.sync += drained_word.eq(functools.reduce(operator.or_, words))
         m.d.comb += self.read.data.eq(drained_word)
         return m
 

@@ -24,6 +24,8 @@ from ..layouts import (
     read_port,
     write_port,
 )
+from ..mem.block import BlockMemory
+from ..technology import check_technology
 from .loopnest import Loop, LoopNest, assign_job, loops_of
 from .requantize import CODE_BITS, DIFFERENCE_BITS, RequantLane, delayed
 
@@ -261,8 +263,8 @@ class PostUnit(wiring.Component):
 
     A POOL takes one cycle per word of every tap, inside the map or not. Before that and after it, counted from the
     first cycle with ``command.valid`` (when the unit is idle) to the one with ``done_stb``, a POST takes
-    ``param_words + 22`` cycles (with ``add``: 30, INT8 with more than one step: one more, RAW32: ``param_words + 13``),
-    a POOL 12; :meth:`cycles` has the sum.
+    ``param_words + 23`` cycles (with ``add``: 32, INT8 with more than one step: one more, RAW32: ``param_words + 14``),
+    a POOL 13; :meth:`cycles` has the sum.
     The next command may be there with ``done_stb`` and then starts in that cycle. ``command.ready`` comes in the third
     cycle of ``command.valid``: the transfer is not what starts the address generators, but what lets go of the payload.
 
@@ -278,6 +280,8 @@ class PostUnit(wiring.Component):
     ----------
     arch : ArchConfig
         The core.
+    technology : {"generic", "ecp5"}
+        Primitives that may be instantiated.
 
     Members
     -------
@@ -317,8 +321,8 @@ class PostUnit(wiring.Component):
     READ_AHEAD = 16
     """Bricks of the stored operand that are read before they are needed."""
 
-    def __init__(self, arch: ArchConfig) -> None:
-        self._arch = arch
+    def __init__(self, arch: ArchConfig, *, technology: str = "generic") -> None:
+        self._arch, self._technology = arch, check_technology(technology)
         act_addr_bits = ceil_log2(arch.act_depth)
         super().__init__(
             {
@@ -495,8 +499,9 @@ class PostUnit(wiring.Component):
         m.submodules.store = store = RecordStore(arch)
         wiring.connect(m, store.params, wiring.flipped(self.params))
         add_bias, add_shift = RequantLane.add_record(post.k_a, post.k_b, post.add_shift + 1)
+        # Payload and `opened` stand in the second cycle of an instruction as in its first.
+        m.d.sync += store.start.eq(opening & ~opened & to_post)
         m.d.comb += [
-            store.start.eq(opening & ~opened & to_post),
             store.wanted.eq(self.params_wanted),
             store.addr.eq(post.p_addr),
             store.again_record.bias.eq(add_bias),
@@ -534,9 +539,9 @@ class PostUnit(wiring.Component):
             passed.eq(reads.o.valid & reads.o.ready),
         ]
 
-        def arriving(value: Value, name: str) -> Value:
-            """``value`` of a passing step, in the cycle in which its word arrives."""
-            for i in range(READ_LATENCY):
+        def arriving(value: Value, name: str, *, later: int = 0) -> Value:
+            """``value`` of a passing step, ``later`` cycles after the one in which its word arrives."""
+            for i in range(READ_LATENCY + later):
                 stage = Signal(name=f"{name}_{i + 1}")
                 m.d.sync += stage.eq(value)
                 value = stage
@@ -552,21 +557,16 @@ class PostUnit(wiring.Component):
         operand_high_arrives = arriving(is_operand & step.first.plane, "operand_high_arrives")
         operand_low_arrives = arriving(is_operand & step.last.plane, "operand_low_arrives")
         for name, arrives in (("operand_high", operand_high_arrives), ("operand_low", operand_low_arrives)):
-            memory = Memory(
-                shape=unsigned(word_bits),
-                depth=self.READ_AHEAD,
-                init=[],
-                attrs={"ram_style": "block", "no_rw_check": 1},
+            m.submodules[name] = memory = BlockMemory(
+                width=word_bits, depth=self.READ_AHEAD, technology=self._technology
             )
-            m.submodules[name] = memory
-            write, read = memory.write_port(), memory.read_port()
             m.d.comb += [
-                write.addr.eq(operand_head),
-                write.data.eq(self.act_read.data),
-                write.en.eq(arrives),
-                read.addr.eq(operand_tail),
+                memory.write_addr.eq(operand_head),
+                memory.write_data.eq(self.act_read.data),
+                memory.write_en.eq(arrives),
+                memory.read_addr.eq(operand_tail),
             ]
-            operand_words.append(delayed(m, read.data, 1, name))
+            operand_words.append(memory.read_data)
         m.d.sync += operand_head.eq(operand_head + operand_low_arrives)
 
         # --- accumulators are read --------------------------------------------------------------------------------
@@ -579,7 +579,7 @@ class PostUnit(wiring.Component):
         sub, last_sub = Signal(range(max(2, raw_words))), Signal(range(max(2, raw_words)), reset_less=True)
         m.d.sync += last_sub.eq(Mux(raw, raw_words - 1, add | (wide if steps == 1 else 0)))
         phase = Signal()
-        m.d.sync += phase.eq(~phase & ~store.start)
+        m.d.sync += phase.eq(~phase & ~opening)
         brick_begins, go, enters, ends_step, ends_brick = (
             Signal(name=n) for n in ("brick_begins", "go", "enters", "ends_step", "ends_brick")
         )
@@ -712,14 +712,15 @@ class PostUnit(wiring.Component):
 
         # One register per plane: POST shifts codes in, the parts of a brick alike; POOL keeps the largest code.
         is_tap = passed & is_pool
-        tap_arrives = arriving(is_tap, "tap_arrives")
-        tap_inside = arriving(step.inside, "tap_inside")
-        tap_first = arriving(step.first.kx & step.first.ky, "tap_first")
-        tap_plane = arriving(~step.first.plane, "tap_plane")
-        tap_last = arriving(is_tap & step.last.kx & step.last.ky, "tap_last")
+        # A register for the words, as the buffer is far away and a comparison takes its time.
+        word = delayed(m, self.act_read.data, 1, "tap_word")
+        tap_arrives = arriving(is_tap, "tap_arrives", later=1)
+        tap_inside = arriving(step.inside, "tap_inside", later=1)
+        tap_first = arriving(step.first.kx & step.first.ky, "tap_first", later=1)
+        tap_plane = arriving(~step.first.plane, "tap_plane", later=1)
+        tap_last = arriving(is_tap & step.last.kx & step.last.ky, "tap_last", later=1)
         pack = [Signal(word_bits, name=f"pack_{name}", reset_less=True) for name in ("high", "low")]
         takes = [Signal(lanes, name=f"takes_{name}") for name in ("high", "low")]
-        word = self.act_read.data
         for lane in range(lanes):
             nibble = word.word_select(lane, 4).as_signed()
             other = Mux(tap_plane, pack[1].word_select(lane, 4), pack[0].word_select(lane, 4)).as_signed()
@@ -797,11 +798,11 @@ class PostUnit(wiring.Component):
         """Cycles from the first with ``command.valid``, the unit being idle, to ``done_stb``, if nothing is refused."""
         i, pixels = instruction, instruction["rows"] * instruction["cols"]
         if i.opcode is Opcode.POOL:
-            return pixels * i["bricks"] * i["kernel_y"] * i["kernel_x"] * (1 + i["wide"]) + READ_LATENCY + 7
+            return pixels * i["bricks"] * i["kernel_y"] * i["kernel_x"] * (1 + i["wide"]) + READ_LATENCY + 8
         bricks = 1 if arch.parts_per_brick > 1 else i["bricks"]
         columns = min(arch.lanes, arch.columns)
         steps = columns // arch.post_lanes
-        start = arch.param_words + READ_LATENCY + 1
+        start = arch.param_words + READ_LATENCY + 2
         if i["mode"] == OutputMode.RAW32:
             return start + pixels * bricks * RAW_WORDS * columns // arch.lanes - 1 + cls._SUM + 3
         add, words_out = i["add"], 1 + (i["mode"] == OutputMode.INT8)

@@ -11,6 +11,7 @@ from nibblecore.arch.isa import INSTRUCTIONS, Engine, Opcode
 from nibblecore.arch.regs import Counter, ErrorUnit, field
 
 from ..layouts import axi_lite_signature, axi_read_signature, command_signature, region_layout
+from ..technology import check_technology
 from .counters import Counters
 from .csr import Csr
 from .fetch import Fetch, check_arguments
@@ -82,8 +83,8 @@ def connect_counters(
     for name, event in events.items():
         # Registers, as some of these are the end of a long path.
         m.d.sync += counters.events[name].eq(supervisor.running & event)
+    m.d.sync += counters.clear_stb.eq(supervisor.start_stb | supervisor.core_reset)
     m.d.comb += [
-        counters.clear_stb.eq(supervisor.start_stb | supervisor.core_reset),
         csr.slot.eq(counters.slot),
         csr.count.eq(counters.value),
     ]
@@ -101,7 +102,7 @@ class Control(wiring.Component):
     Cycles: TOTAL counts from the cycle after ``start``; the first request is then 2 cycles away. An instruction has
     ``n = max(1, 256 / bus_bits)`` beats, of which its engine looks at ``k``
     (:func:`nibblecore_hw.ctrl.instructions.beats_of`). Fetch offers the first one to its queue ``n + 3`` cycles after
-    its first beat has arrived. An instruction that waits for nothing is offered to its engine ``max(4, k + 2)`` cycles
+    its first beat has arrived. An instruction that waits for nothing is offered to its engine ``max(6, k + 4)`` cycles
     after that, or after the one before was accepted, and one more for DMA engines where k is below 3; the beats of
     another engine's instruction that are being read come on top. One that waits for an instruction of another engine is
     offered 2 cycles after that one's ``done_stb``.
@@ -113,6 +114,8 @@ class Control(wiring.Component):
         The core.
     axi_id, id_bits : int
         ID of fetch's transactions, and the width of IDs.
+    technology : {"generic", "ecp5"}
+        Primitives that may be instantiated.
 
     Members
     -------
@@ -154,9 +157,10 @@ class Control(wiring.Component):
     running: Signal
     irq: Signal
 
-    def __init__(self, *, arch: ArchConfig, axi_id: int = 0, id_bits: int = 1) -> None:
+    def __init__(self, *, arch: ArchConfig, axi_id: int = 0, id_bits: int = 1, technology: str = "generic") -> None:
         check_arguments(arch=arch, axi_id=axi_id, id_bits=id_bits)
         self._arch = arch
+        self._technology = check_technology(technology)
         self._axi_id = axi_id
         self._id_bits = id_bits
         super().__init__(
@@ -183,15 +187,22 @@ class Control(wiring.Component):
         csr = Csr(arch=self._arch)
         supervisor = Supervisor()
         semaphores = Semaphores(bits=self._arch.semaphore_bits)
-        instructions = InstructionMemory(arch=self._arch)
+        instructions = InstructionMemory(arch=self._arch, technology=self._technology)
         stages = {e: IssueStage(arch=self._arch, engine=e) for e in Engine}
-        core_reset = ResetInserter(supervisor.core_reset)
+        # Registers: these reach hundreds of flip-flops. Fetch brings nothing before the second cycle after its start.
+        reset_units, start_anew = Signal(), Signal()
+        m.d.sync += [
+            reset_units.eq(supervisor.core_reset),
+            start_anew.eq(supervisor.core_reset | supervisor.start_stb),
+        ]
+        m.d.comb += self.core_reset.eq(reset_units)
+        core_reset = ResetInserter(reset_units)
         m.submodules.csr = csr
         m.submodules.supervisor = supervisor
         m.submodules.fetch = core_reset(fetch)
         m.submodules.instructions = core_reset(instructions)
         # A program may end with tokens left; the next one starts without, and at the first slot of each queue.
-        fresh = ResetInserter(supervisor.core_reset | supervisor.start_stb)
+        fresh = ResetInserter(start_anew)
         m.submodules.semaphores = fresh(semaphores)
         for engine, stage in stages.items():
             m.submodules[f"issue_{engine.name.lower()}"] = fresh(stage)
@@ -266,7 +277,6 @@ class Control(wiring.Component):
             supervisor.error_cause[unit].eq(fetch.error_cause),
             supervisor.idle.eq(Cat(idle).all()),
             self.stop.eq(supervisor.stop),
-            self.core_reset.eq(supervisor.core_reset),
             self.running.eq(supervisor.running),
             self.irq.eq(supervisor.irq),
         ]

@@ -62,7 +62,7 @@ class Counters(wiring.Component):
         That counter's count; 0 in the turn of nobody.
     """
 
-    LATENCY = 2
+    LATENCY = 3
 
     events: data.View
     clear_stb: Signal
@@ -89,20 +89,18 @@ class Counters(wiring.Component):
         # After a clear, what the memory holds is stale until each slot has been written once: a whole round.
         stale = Signal(range(SLOTS + 1), init=SLOTS)
 
-        turn, second = Signal(range(SLOTS)), Signal(range(SLOTS))
+        turn, second, third = Signal(range(SLOTS)), Signal(range(SLOTS)), Signal(range(SLOTS))
         silent = [0] * (SLOTS - len(Counter))
-        event = Array([*(self.events[c.name.lower()] for c in Counter), *silent])[turn]
-        pending, since = Signal(_RECENT_BITS), Signal(_RECENT_BITS)
-        m.d.comb += pending.eq(Array([*recent, *silent])[turn])
+        event, pending, since = Signal(), Signal(_RECENT_BITS), Signal(_RECENT_BITS)
         with m.Switch(pending):
             for number, state in enumerate(_states()):
                 with m.Case(state):
                     m.d.comb += since.eq(number)
-        # Three steps, one cycle each: look up, add, write back. A slot comes again long after its last step.
+        # Four steps, one cycle each: choose, look up, add, write back. A slot comes again long after its last step.
         count = Signal(COUNTER_BITS, reset_less=True)
         more = Signal(range(SLOTS + 1), reset_less=True)
         m.d.comb += [
-            read.addr.eq(turn),
+            read.addr.eq(second),
             write.addr.eq(self.slot),
             write.data.eq(self.value),
             write.en.eq(1),
@@ -110,9 +108,12 @@ class Counters(wiring.Component):
         m.d.sync += [
             turn.eq(turn + 1),
             second.eq(turn),
+            event.eq(Array([*(self.events[c.name.lower()] for c in Counter), *silent])[turn]),
+            pending.eq(Array([*recent, *silent])[turn]),
+            third.eq(second),
             count.eq(Mux(stale == 0, read.data, 0)),
             more.eq(since + event),
-            self.slot.eq(second),
+            self.slot.eq(third),
             self.value.eq(count + more),
         ]
         for c in Counter:
@@ -123,5 +124,5 @@ class Counters(wiring.Component):
         with m.If(stale != 0):
             m.d.sync += stale.eq(stale - 1)
         with m.If(self.clear_stb):
-            m.d.sync += [stale.eq(SLOTS), *(r.eq(0) for r in recent)]
+            m.d.sync += [stale.eq(SLOTS), event.eq(0), pending.eq(0), *(r.eq(0) for r in recent)]
         return m

@@ -4,13 +4,13 @@ from typing import Any
 
 from amaranth import Cat, Module, Mux, Signal
 from amaranth.lib import data, wiring
-from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out, Signature
 
 from nibblecore.arch.config import ArchConfig
 from nibblecore.arch.isa import INSTRUCTION_BYTES, INSTRUCTIONS, Engine
 
 from ..layouts import INDEX_BITS
+from ..mem.block import BlockMemory
 
 ENGINE_BITS = (len(Engine) - 1).bit_length()
 
@@ -76,14 +76,16 @@ class InstructionMemory(wiring.Component):
     one per cycle without a gap; of several engines the lowest is served first, and none is interrupted. The index of
     the instruction at ``oldest`` is read when the supervisor asks for it, which is before everything else.
 
-    Cycles: the first beat is given in the cycle after the one in which ``want`` rises, if no other is being served.
-    An index is found ``n + 2`` cycles after ``lookup`` rises, ``n`` being the beats of an instruction, where nobody is
+    Cycles: the first beat is given 3 cycles after the one in which ``want`` rises, if no other is being served. An
+    index is found ``n + 3`` cycles after ``lookup`` rises, ``n`` being the beats of an instruction, where nobody is
     being served.
 
     Parameters
     ----------
     arch : ArchConfig
         For ``queue_depth`` and ``bus_bits``.
+    technology : {"generic", "ecp5"}
+        Primitives that may be instantiated.
 
     Members
     -------
@@ -121,10 +123,10 @@ class InstructionMemory(wiring.Component):
     index: Signal
     index_stb: Signal
 
-    def __init__(self, *, arch: ArchConfig) -> None:
+    def __init__(self, *, arch: ArchConfig, technology: str = "generic") -> None:
         if not isinstance(arch, ArchConfig):
             raise TypeError(f"arch must be an ArchConfig, not {arch!r}")
-        self._arch = arch
+        self._arch, self._technology = arch, technology
         slots = data.ArrayLayout(slot_bits(arch), len(Engine))
         super().__init__(
             {
@@ -149,81 +151,81 @@ class InstructionMemory(wiring.Component):
         beats = beats_per_instruction(arch)
         beat_addr_bits = (beats - 1).bit_length()
         row_bits = ENGINE_BITS + slot_bits(arch) + beat_addr_bits
-        # A word is never read while it is written: fetch writes to a slot that nobody reads.
-        m.submodules.memory = memory = Memory(
-            shape=beat_layout(arch), depth=1 << row_bits, init=[], attrs={"ram_style": "block"}
+        # A word is never read while it is written: fetch writes to a slot that nobody reads. What is written waits in a
+        # register, as its address comes late; that is before anybody can read it.
+        m.submodules.memory = memory = BlockMemory(
+            width=beat_layout(arch).size, depth=1 << row_bits, technology=self._technology
         )
-        write, read = memory.write_port(), memory.read_port()
+        written_en = Signal()
+        written_addr, written = Signal(row_bits, reset_less=True), Signal(beat_layout(arch), reset_less=True)
+        m.d.sync += [
+            written_en.eq(self.write.en),
+            written_addr.eq(Cat(self.write.number[:beat_addr_bits], self.write.slot, self.write.engine)),
+            written.eq(self.write.beat),
+        ]
         m.d.comb += [
-            write.addr.eq(Cat(self.write.number[:beat_addr_bits], self.write.slot, self.write.engine)),
-            write.data.eq(self.write.beat),
-            write.en.eq(self.write.en),
+            memory.write_addr.eq(written_addr),
+            memory.write_data.eq(written),
+            memory.write_en.eq(written_en),
         ]
 
-        # Addresses: a transfer's first one at once, the others from registers.
+        # Addresses, all of them from registers: whose instruction is read is decided the cycle before.
         active, active_index = Signal(), Signal()
         engine, slot = Signal(ENGINE_BITS, reset_less=True), Signal(slot_bits(arch), reset_less=True)
-        number = Signal(beat_addr_bits)
-        last = Signal()
+        number, final = Signal(beat_addr_bits), Signal(beat_addr_bits, reset_less=True)  # beats: this one, the last one
         begin, begin_index = Signal(), Signal()
-        now_engine, now_slot = Signal(ENGINE_BITS), Signal(slot_bits(arch))
-        # Data, a cycle behind the addresses.
-        given, given_index, given_last = Signal(), Signal(), Signal()
-        given_engine = Signal(ENGINE_BITS, reset_less=True)
-        given_first, given_known = Signal(reset_less=True), Signal(reset_less=True)
-
-        whose = Signal(len(Engine))
-        # Not a shift: in simulation, one by an amount that is not known yet makes all bits unknown, those of a 0 too.
-        m.d.comb += [whose[int(e)].eq(given & (given_engine == int(e))) for e in Engine]
+        next_engine, next_slot = Signal(ENGINE_BITS), Signal(slot_bits(arch))
+        # What belongs to the data, 1 and 2 cycles behind the addresses.
+        whose = [Signal(len(Engine), name=f"whose_{n}") for n in range(2)]
+        of_index = [Signal(name=f"of_index_{n}") for n in range(2)]
+        is_first, is_known, is_last = (
+            [Signal(name=f"{name}_{n}", reset_less=True) for n in range(2)] for name in ("first", "known", "last")
+        )
         open_wants = Signal(len(Engine))
         m.d.comb += [
-            open_wants.eq(self.want & ~whose),  # what is just arriving is not wanted twice
-            begin_index.eq(self.lookup & ~given_index & ~self.index_stb),
+            open_wants.eq(self.want & ~(whose[0] | whose[1])),  # what is just arriving is not wanted twice
+            begin_index.eq(self.lookup & ~(of_index[0] | of_index[1] | self.index_stb)),
             begin.eq(~active & (begin_index | open_wants.any())),
-            now_engine.eq(engine),
-            now_slot.eq(slot),
         ]
-        with m.If(~active):
-            for e in reversed(Engine):
-                with m.If(open_wants[int(e)]):
-                    m.d.comb += now_engine.eq(int(e))
-            m.d.comb += now_slot.eq(self.head[now_engine])
-            with m.If(begin_index):
-                m.d.comb += [now_engine.eq(self.lookup_engine), now_slot.eq(self.oldest[self.lookup_engine])]
-        final = Signal(range(beats))  # the last beat that is read
-        now_index = Signal()
-        m.d.comb += now_index.eq(Mux(active, active_index, begin_index))
-        with m.Switch(now_engine):
-            for e in Engine:
-                with m.Case(int(e)):
-                    m.d.comb += final.eq(Mux(now_index, beats - 1, beats_of(arch, e) - 1))
-        m.d.comb += [
-            last.eq(number == final),
-            read.addr.eq(Cat(number, now_slot, now_engine)),
-        ]
-        with m.If(active | begin):
+        for e in reversed(Engine):
+            with m.If(open_wants[int(e)]):
+                m.d.comb += next_engine.eq(int(e))
+        m.d.comb += next_slot.eq(self.head[next_engine])
+        with m.If(begin_index):
+            m.d.comb += [next_engine.eq(self.lookup_engine), next_slot.eq(self.oldest[self.lookup_engine])]
+        m.d.comb += memory.read_addr.eq(Cat(number, slot, engine))
+        with m.If(active):
+            m.d.sync += [active.eq(number != final), number.eq(number + 1)]
+        with m.Else():
             m.d.sync += [
-                active.eq(~last),
-                number.eq(Mux(last, 0, number + 1)),
-                engine.eq(now_engine),
-                slot.eq(now_slot),
-                active_index.eq(now_index),
+                active.eq(begin),
+                number.eq(0),
+                engine.eq(next_engine),
+                slot.eq(next_slot),
+                active_index.eq(begin_index),
+                final.eq(beats - 1),
             ]
+            with m.If(~begin_index), m.Switch(next_engine):
+                for e in Engine:
+                    with m.Case(int(e)):
+                        m.d.sync += final.eq(beats_of(arch, e) - 1)
+        # Not a shift: in simulation, one by an amount that is not known yet makes all bits unknown, those of a 0 too.
+        m.d.sync += [whose[0][int(e)].eq(active & ~active_index & (engine == int(e))) for e in Engine]
         m.d.sync += [
-            given.eq((active | begin) & ~now_index),
-            given_index.eq((active | begin) & now_index),
-            given_engine.eq(now_engine),
-            given_first.eq(number == 0),
-            given_known.eq(Mux(final == 0, 1, number + 1 == final)),
-            given_last.eq(last),
+            of_index[0].eq(active & active_index),
+            is_first[0].eq(number == 0),
+            is_known[0].eq(Mux(final == 0, 1, number + 1 == final)),
+            is_last[0].eq(number == final),
+            *(line[1].eq(line[0]) for line in (whose, of_index, is_first, is_known, is_last)),
         ]
+        word = data.View(beat_layout(arch), memory.read_data)
         m.d.comb += [
-            self.beat.eq(read.data.bits),
-            self.beat_stb.eq(whose),
-            self.first_stb.eq(Mux(given_first, whose, 0)),
-            self.known_stb.eq(Mux(given_known, whose, 0)),
+            self.beat.eq(word.bits),
+            self.beat_stb.eq(whose[1]),
+            self.first_stb.eq(Mux(is_first[1], whose[1], 0)),
+            self.known_stb.eq(Mux(is_known[1], whose[1], 0)),
         ]
-        m.d.sync += self.index_stb.eq(given_index & given_last)
-        with m.If(given_index):
-            m.d.sync += self.index.eq(Cat(self.index, read.data.index)[-INDEX_BITS:])
+        m.d.sync += self.index_stb.eq(of_index[1] & is_last[1])
+        with m.If(of_index[1]):
+            m.d.sync += self.index.eq(Cat(self.index, word.index)[-INDEX_BITS:])
         return m

@@ -20,12 +20,12 @@ class IssueStage(wiring.Component):
     The instructions lie in :class:`nibblecore_hw.ctrl.instructions.InstructionMemory`, in a ring of slots with three
     pointers: from ``head`` to ``tail`` the queue, from ``oldest`` to ``head`` what the engine has accepted and not
     finished. The word at ``head`` is brought here beat by beat, into a shift register. It is offered on ``command``
-    when there is a semaphore to take from every engine named in its ``wait`` mask; one of each is taken when the engine
-    accepts. At most :data:`IN_FLIGHT` accepted instructions are remembered in order; each ``done_stb`` finishes the
-    oldest, which then signals all engines of its ``signal`` mask at once, and waits while one of these semaphores is
-    full. Until it has signalled, no further instruction is offered.
+    when there is a semaphore to take from every engine named in its ``wait`` mask; one of each is taken in the cycle
+    after the engine accepts. At most :data:`IN_FLIGHT` accepted instructions are remembered in order; each ``done_stb``
+    finishes the oldest, which then signals all engines of its ``signal`` mask at once, and waits while one of these
+    semaphores is full. Until it has signalled, no further instruction is offered.
 
-    Cycles, with ``n`` beats of an instruction that this engine looks at: an instruction is offered ``max(4, n + 2)``
+    Cycles, with ``n`` beats of an instruction that this engine looks at: an instruction is offered ``max(6, n + 4)``
     cycles after it was queued in an empty stage, and as many after the one before was accepted, if no other engine's
     instruction is being read. ``signal`` is given in the cycle of ``done_stb``, so that an instruction that waits for
     it is offered 2 cycles after ``done_stb``.
@@ -59,7 +59,7 @@ class IssueStage(wiring.Component):
     available, full : In(4)
         This engine's view of the semaphores: where it could take, where it cannot signal.
     take, signal : Out(4)
-        What it takes and signals in this cycle.
+        What it takes, a cycle after the transfer of ``command``, and what it signals in this cycle.
     hold : In(1)
         Offer no further instruction.
     waiting : Out(4)
@@ -176,8 +176,9 @@ class IssueStage(wiring.Component):
             self.waiting.eq((~offered).replicate(len(Engine)) & missing),
         ]
         # The mask and `offered` are registers: neither the memory nor the semaphores are in the path to the engine. It
-        # costs nothing in correctness: what this engine could take cannot be taken by anybody else.
-        m.d.comb += self.take.eq(accepted.replicate(len(Engine)) & wait)
+        # costs nothing in correctness: what this engine could take cannot be taken by anybody else. For the same reason
+        # it is taken a cycle after the transfer; the next instruction is not known before that.
+        m.d.sync += self.take.eq(accepted.replicate(len(Engine)) & wait)
         with m.If(accepted):
             m.d.sync += [known.eq(0), self.head.eq(self.head + 1)]
         with m.Elif(self.known_stb):

@@ -33,7 +33,7 @@ class Supervisor(wiring.Component):
     running    an error, or the watchdog   error; unit, cause, index and waits are kept
     running    ``finished``                idle, and done
     any        ``reset``                   resetting: ``stop`` until ``idle`` has been high for :data:`SETTLE` cycles,
-                                           then one cycle of ``core_reset``, then idle
+                                           then one cycle of ``core_reset``, one more, then idle
     =========  ==========================  =====================================================================
 
     ``reset`` wins over everything else, an error over ``finished``. Of several errors in one cycle the one of the
@@ -173,9 +173,10 @@ class Supervisor(wiring.Component):
 
         def reset_wins() -> None:
             with m.If(self.reset):
-                m.d.sync += settled.eq(0)
+                m.d.sync += [settled.eq(0), self.stop.eq(1)]
                 m.next = "RESETTING"
 
+        m.d.sync += self.lookup.eq(0)
         m.d.sync += pending.eq(pending & ~self.irq_status_ones)  # what is set below in the same cycle stays
         with m.FSM(name="core_state") as fsm:
             with m.State("IDLE"):
@@ -194,6 +195,7 @@ class Supervisor(wiring.Component):
                     ]
                     with m.If(self.error_stb.any()):
                         m.d.sync += cause.eq(self.error_cause[blamed])
+                    m.d.sync += self.stop.eq(1)
                     m.next = "ERROR"
                 with m.Elif(self.finished):
                     m.d.sync += [done.eq(1), pending[_IRQ_DONE].eq(1)]
@@ -202,7 +204,8 @@ class Supervisor(wiring.Component):
             with m.State("ERROR"):
                 # The error shows when all is known about it.
                 with m.If(unindexed):
-                    m.d.comb += self.lookup.eq(~of_fetch)
+                    # A register, as it chooses what is read next.
+                    m.d.sync += self.lookup.eq(~of_fetch & ~self.index_stb)
                     with m.If(of_fetch | self.index_stb):
                         m.d.sync += [
                             index.eq(Mux(of_fetch, self.fetch_index, self.index)),
@@ -220,12 +223,16 @@ class Supervisor(wiring.Component):
             with m.State("CLEAR"):
                 m.d.sync += [self.core_reset.eq(0), done.eq(0), pending.eq(0)]
                 m.d.sync += [cause.eq(0), unit.eq(0), index.eq(0), waits.eq(0)]
+                m.next = "CLEARED"
+            with m.State("CLEARED"):
+                # `core_reset` may reach the units a cycle late.
+                m.d.sync += self.stop.eq(0)
                 m.next = "IDLE"
 
-        resetting = fsm.ongoing("RESETTING") | fsm.ongoing("CLEAR")
+        # `stop` is a register, high in ERROR and while resetting: it leads to every engine.
+        resetting = fsm.ongoing("RESETTING") | fsm.ongoing("CLEAR") | fsm.ongoing("CLEARED")
         m.d.comb += [
             self.running.eq(fsm.ongoing("RUNNING")),
-            self.stop.eq(fsm.ongoing("ERROR") | resetting),
             self.error_index_kept.eq(index),
             self.error_waits.eq(waits),
             self.irq_status.eq(pending),
@@ -246,11 +253,15 @@ class Supervisor(wiring.Component):
 
     def _watchdog(self, m: Module) -> Signal:
         """Returns that the time without progress is over."""
+        # Counts from 1, so that the comparison has a register behind it.
         waited = Signal(32, reset_less=True)
-        enabled = Signal()
+        enabled, long_enough, starts_anew = Signal(), Signal(), Signal()
         expired = Signal()
-        m.d.sync += [enabled.eq(self.watchdog != 0), waited.eq(waited + 1)]
-        with m.If(~self.running | self.progress | self.watchdog_stb):
-            m.d.sync += waited.eq(0)
-        m.d.comb += expired.eq(self.running & enabled & ~self.watchdog_stb & (waited == self.watchdog))
+        m.d.comb += starts_anew.eq(~self.running | self.progress | self.watchdog_stb)
+        m.d.sync += [
+            enabled.eq(self.watchdog != 0),
+            waited.eq(Mux(starts_anew, 1, waited + 1)),
+            long_enough.eq((waited == self.watchdog) & ~starts_anew),
+        ]
+        m.d.comb += expired.eq(self.running & enabled & ~self.watchdog_stb & long_enough)
         return expired

@@ -134,7 +134,8 @@ class LoadDma(wiring.Component):
         take = self.command.valid & self.command.ready
         m.d.comb += [
             issue.enable.eq(~stopped),
-            self.command.ready.eq(issue.i.ready & ~waiting_valid & ~stopped),
+            # Taken in the first cycle of a stop, an instruction comes to nothing all the same.
+            self.command.ready.eq(issue.i.ready & ~waiting_valid & ~halted),
             issue.i.valid.eq(take),
             issue.i.payload.region.eq(self.region),
             *(issue.i.payload[name].eq(command[name]) for name in DRAM_FIELDS),

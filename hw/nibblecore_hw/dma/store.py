@@ -85,7 +85,7 @@ class StoreDma(wiring.Component):
     """
 
     AW_LATENCY = 4
-    W_LATENCY = 4 + READ_LATENCY
+    W_LATENCY = 5 + READ_LATENCY
     QUEUE_WORDS = 8
     """Words that can be read ahead."""
 
@@ -135,7 +135,8 @@ class StoreDma(wiring.Component):
         take = self.command.valid & self.command.ready
         m.d.comb += [
             issue.enable.eq(~stopped),
-            self.command.ready.eq(issue.i.ready & ~waiting_valid & ~stopped),
+            # Taken in the first cycle of a stop, an instruction comes to nothing all the same.
+            self.command.ready.eq(issue.i.ready & ~waiting_valid & ~halted),
             issue.i.valid.eq(take),
             issue.i.payload.region.eq(self.region),
             *(issue.i.payload[name].eq(command[name]) for name in DRAM_FIELDS),
@@ -150,20 +151,30 @@ class StoreDma(wiring.Component):
                 *(waiting[n].eq(command[n]) for n in ("local_addr", "local_step1", "local_step2", *words.counts)),
             ]
 
-        # Words from the buffer; `claimed` counts those that are read or being read, and not yet used.
+        # Words from the buffer; `claimed` counts those that are asked for or read, and not yet used.
         m.submodules.queue = queue = Queue(shape=arch.word_bits, depth=self.QUEUE_WORDS)
         claimed, arriving = Signal(range(self.QUEUE_WORDS + 1)), Signal(READ_LATENCY)
-        granted, used = Signal(), Signal()
+        room = Signal(init=1)  # claimed != QUEUE_WORDS
+        asked, granted, used = Signal(), Signal(), Signal()
+        # Requests come from registers, as they decide whether others are granted theirs.
+        request = Signal()
         m.d.comb += [
-            self.act.addr.eq(words.o.payload.addr),
-            self.act.valid.eq(words.o.valid & (claimed != self.QUEUE_WORDS) & ~halted),
-            granted.eq(self.act.valid & self.act.ready),
-            words.o.ready.eq(granted),
+            self.act.valid.eq(request),
+            granted.eq(request & self.act.ready),
+            words.o.ready.eq((~request | self.act.ready) & room & ~halted),
+            asked.eq(words.o.valid & words.o.ready),
             used.eq(queue.o.valid & queue.o.ready),
             queue.i.valid.eq(arriving[-1]),
             queue.i.payload.eq(self.act.data),
         ]
-        m.d.sync += [arriving.eq(Cat(granted, arriving)), claimed.eq(claimed + granted - used)]
+        m.d.sync += [
+            request.eq(asked | (request & ~self.act.ready)),
+            arriving.eq(Cat(granted, arriving)),
+            claimed.eq(claimed + asked - used),
+            room.eq(Mux(asked & ~used, claimed != self.QUEUE_WORDS - 1, room | used)),
+        ]
+        with m.If(asked):
+            m.d.sync += self.act.addr.eq(words.o.payload.addr)
 
         # AW. The queues hold what is in flight, so they never are full when a burst is issued.
         lanes = lane_bits(arch)

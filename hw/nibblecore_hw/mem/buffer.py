@@ -2,6 +2,7 @@
 
 import functools
 import operator
+from collections.abc import Sequence
 from typing import get_args
 
 from amaranth import Assert, Cat, Const, Module, Mux, Signal, Value
@@ -13,8 +14,40 @@ from amaranth.utils import ceil_log2
 from nibblecore.arch.config import MemoryKind
 
 from ..layouts import LAST_READ_LATENCY, read_port, write_port
+from ..technology import check_technology
+from .block import BlockMemory
 
 __all__ = ["BankedBuffer"]
+
+
+def choose_word(m: Module, words: Sequence[Value], index: Value, *, name: str) -> Value:
+    """``words[index]`` for the index of three cycles earlier, of a power of two of words of one width.
+
+    One of four takes two LUTs of four inputs per bit, where a multiplexer takes three: the first one gives ``words[0]``
+    or ``words[1]``, or, where it is one of the others, which of them; the second one chooses by that. Registers for
+    what controls them are added to ``m``.
+    """
+    if len(words) == 1:
+        return words[0]
+    width = len(words[0])
+    earlier = index
+    for n in range(2):
+        stage = Signal(len(index), name=f"bank_{name}_{n}", reset_less=True)
+        m.d.sync += stage.eq(earlier)
+        earlier = stage
+    if len(words) == 2:
+        second = Signal(name=f"second_{name}", reset_less=True)
+        m.d.sync += second.eq(earlier)
+        return Mux(second, words[1], words[0])
+    result: Value = Const(0, width)
+    for n in range(0, len(words), 4):
+        here = earlier[2:] == n // 4
+        odd, upper, fixed = (Signal(name=f"{s}_{name}_{n}", reset_less=True) for s in ("odd", "upper", "fixed"))
+        m.d.sync += [odd.eq(earlier[0] & here), upper.eq(earlier[1] & here), fixed.eq(earlier[1] | ~here)]
+        first = Mux(fixed, odd.replicate(width), Mux(odd, words[n + 1], words[n]))
+        second_pair = (words[n + 3] & first) | (words[n + 2] & ~first)
+        result = result | Mux(upper, second_pair, first)
+    return result
 
 
 def _any(values: list[Value]) -> Value:
@@ -33,8 +66,8 @@ class BankedBuffer(wiring.Component):
 
     Read data stands in the cycle that begins :data:`~nibblecore_hw.layouts.LAST_READ_LATENCY` edges after the grant of
     the last reader, and :data:`~nibblecore_hw.layouts.READ_LATENCY` edges, one more, after that of any other. There are
-    registers before the memory, as its address is not chosen and brought there in one cycle; its own; one beside it, as
-    block RAM of an ECP5 takes more than half a cycle of 100 MHz; and one behind the choice of a bank.
+    registers before the memory, as its address is not chosen and brought there in one cycle; its own; the one at its
+    output (:class:`~nibblecore_hw.mem.block.BlockMemory`); and one behind the choice of a bank.
 
     A read granted at a later edge than a write sees it. A word of a ``dual`` bank must not be read at the edge at which
     it is written, that is, be granted to the last reader in the same cycle, or to another one in the cycle before: what
@@ -60,6 +93,8 @@ class BankedBuffer(wiring.Component):
         ``dual``: one read and one write port per bank (block RAM). ``single``: one port for both (iCE40 SPRAM).
     readers, writers : int
         Ports, at least 1 each, in order of priority.
+    technology : {"generic", "ecp5"}
+        Primitives that may be instantiated.
     checks : bool
         Assert in simulation and formal proofs that no word of a ``dual`` bank is read while it is written. Leave it off
         for synthesis.
@@ -76,7 +111,7 @@ class BankedBuffer(wiring.Component):
     Raises
     ------
     ValueError
-        For a parameter outside its range.
+        For a parameter outside its range, or an unknown technology.
     """
 
     conflicts: Signal
@@ -92,6 +127,7 @@ class BankedBuffer(wiring.Component):
         kind: MemoryKind,
         readers: int,
         writers: int,
+        technology: str = "generic",
         checks: bool = False,
     ) -> None:
         for name, value in (("depth", depth), ("banks", banks)):
@@ -108,6 +144,7 @@ class BankedBuffer(wiring.Component):
                 raise ValueError(f"{name} must be at least 1, not {value!r}")
         self.depth, self.banks, self.word_bits, self.parts, self.kind = depth, banks, word_bits, parts, kind
         self.readers, self.writers, self.checks = readers, writers, checks
+        self._technology = check_technology(technology)
         addr_bits = ceil_log2(depth)
         super().__init__(
             {
@@ -166,7 +203,7 @@ class BankedBuffer(wiring.Component):
                 result = Mux(is_wanted, value, result)
             return result
 
-        # The bank's register and the memory's own, `chosen` beside it, and the one behind the OR of all banks.
+        # The bank's register, the memory's two, and the one behind the choice of a bank.
         assert LAST_READ_LATENCY == 4
         build = self._dual_bank if is_dual else self._single_bank
         write_row, write_data = Signal(row_bits, reset_less=True), Signal(self.word_bits, reset_less=True)
@@ -195,23 +232,16 @@ class BankedBuffer(wiring.Component):
                 write_row = read_row
             bank_words.append(build(m, b, write_row, write_data, mask, read_row, read_en))
 
-        # Every reader has a register per bank, which the bank's word enters or which is reset: so an OR chooses, one
-        # LUT per bit for 4 banks, where a multiplexer takes three.
-        for i, r in enumerate(reads):
-            chosen = []
-            bank = Signal(bank_bits, name=f"bank_{i}", reset_less=True)
-            m.d.sync += bank.eq(bank_of(addresses[i]))
-            for b, bank_word in enumerate(bank_words):
-                register = Signal(self.word_bits, name=f"chosen_{i}_{b}", reset_less=True)
-                m.d.sync += register.eq(bank_word)
-                if bank_bits:
-                    is_other = Signal(name=f"is_other_{i}_{b}", reset_less=True)
-                    m.d.sync += is_other.eq(bank != b)
-                    with m.If(is_other):
-                        m.d.sync += register.eq(0)
-                chosen.append(register)
+        words: list[Value] = []
+        for i, addr in enumerate(addresses):
+            if not bank_bits and i:
+                words.append(words[0])
+                continue
+            chosen = choose_word(m, bank_words, bank_of(addr), name=f"{i}")
             word = Signal(self.word_bits, name=f"word_{i}", reset_less=True)
-            m.d.sync += word.eq(functools.reduce(operator.or_, chosen))
+            m.d.sync += word.eq(chosen)
+            words.append(word)
+        for i, (r, word) in enumerate(zip(reads, words, strict=True)):
             # In a single bank nobody waits before the memory, so behind it.
             if not is_dual and r is not last:
                 later = Signal(self.word_bits, name=f"later_{i}", reset_less=True)
@@ -224,20 +254,18 @@ class BankedBuffer(wiring.Component):
         self, m: Module, b: int, write_row: Signal, write_data: Signal, write_mask: Signal, read_row: Signal,
         read_en: Signal,
     ) -> Value:  # fmt: skip
-        """One simple dual-port memory per part; returns the word behind the memory's register."""
+        """One simple dual-port memory per part; returns the word behind the memory's output register."""
         part_bits = self.word_bits // self.parts
         result = []
         for p in range(self.parts):
-            # no_rw_check: the promise about words read while written, without which Yosys builds a bypass.
-            memory = Memory(shape=part_bits, depth=self.depth // self.banks, init=[], attrs={"no_rw_check": 1})
+            memory = BlockMemory(width=part_bits, depth=self.depth // self.banks, technology=self._technology)
             m.submodules[f"bank{b}_part{p}"] = memory
-            # Without an enable nobody waits for who asks: what is read for nobody goes nowhere.
-            write, read = memory.write_port(), memory.read_port(domain="sync")
+            # Nobody waits for who asks: what is read for nobody goes nowhere.
             m.d.comb += [
-                write.addr.eq(write_row), write.data.eq(write_data.word_select(p, part_bits)),
-                write.en.eq(write_mask[p]), read.addr.eq(read_row), read.en.eq(1),
+                memory.write_addr.eq(write_row), memory.write_data.eq(write_data.word_select(p, part_bits)),
+                memory.write_en.eq(write_mask[p]), memory.read_addr.eq(read_row),
             ]  # fmt: skip
-            result.append(read.data)
+            result.append(memory.read_data)
         if self.checks:
             m.d.sync += Assert(
                 ~(read_en & write_mask.any() & (read_row == write_row)), f"a word of bank {b} is read while written"
@@ -257,4 +285,6 @@ class BankedBuffer(wiring.Component):
             write.addr.eq(write_row), write.data.eq(write_data), write.en.eq(write_mask),
             read.addr.eq(read_row), read.en.eq(read_en & ~write_mask.any()),
         ]  # fmt: skip
-        return read.data
+        word = Signal(self.word_bits, name=f"b{b}_word", reset_less=True)
+        m.d.sync += word.eq(read.data)
+        return word

@@ -10,6 +10,10 @@ Family = Literal["ecp5", "ice40", "gowin"]
 NARROW_MULTIPLIER: Final = 8
 """Products with a factor of at most so many bits go to LUTs: Yosys would spend a whole hard multiplier on each."""
 
+MINIMUM_RESET: Final = 17
+"""A synchronous reset of fewer flip-flops is made of LUTs on an ECP5: 200 of them in the core of ``small``, where every
+register of accumulators and post unit that is cleared has more."""
+
 PINS: Final = ("clk", "rst", "scan_in", "capture", "scan_out")
 """Ports of :class:`nibblecore_hw.harness.ScanHarness`; Gowin's parts need a place for each."""
 
@@ -82,7 +86,7 @@ class FpgaDevice:
             "opt_expr core",
             f"select -set narrow t:$mul r:A_WIDTH<={NARROW_MULTIPLIER} %i t:$mul r:B_WIDTH<={NARROW_MULTIPLIER} %i %u",
             "techmap @narrow",
-            *(_ice40_synth if self.family == "ice40" else _synth)(
+            *{"ice40": _ice40_synth, "ecp5": _ecp5_synth, "gowin": _synth}[self.family](
                 " ".join((f"synth_{self.family}", "-top top", *self.synth))
             ),
             "tee -o stat.json stat -json",
@@ -107,6 +111,26 @@ class FpgaDevice:
 
 def _synth(command: str) -> list[str]:
     return [command]
+
+
+def _ecp5_synth(command: str) -> list[str]:
+    """``synth_ecp5`` in two pieces, with resets of few flip-flops as logic between them.
+
+    The eight flip-flops of a tile have one reset (nextpnr's placer allows no two), so every signal that resets a few
+    takes a tile for itself, of which everything else has to stay clear.
+    """
+    cells = " ".join(
+        f"-cell {kind}"
+        for kind in (
+            "$_DFF_?_ 01", "$_DFF_?P?_ r", "$_SDFF_?P?_ r", "$_DFFE_??_ 01", "$_DFFE_?P??_ r", "$_SDFFE_?P??_ r"
+        )
+    )  # fmt: skip
+    return [
+        f"{command} -run begin:map_ffs",
+        "opt_clean",
+        f"dfflegalize {cells} -minsrst {MINIMUM_RESET}",
+        f"{command} -run map_ffs:",
+    ]
 
 
 def _ice40_synth(command: str) -> list[str]:

@@ -31,9 +31,12 @@ from .devices import FpgaDevice
 
 ROUTER2_MACS: Final = 1024
 """From so many MACs on nextpnr's router2 is taken, behind its static placer: router1, the default, does not converge on
-arrays of that size, router2 not on what the heap placer makes of them, and not on a whole core of a quarter of it. With
-``--tmg-ripup`` no net of an array makes a long detour: 130 MHz instead of 105. Where the placement itself is too slow,
-as that of whole cores, router2 does not end with it."""
+arrays of that size, router2 not on what the heap placer makes of them. With ``--tmg-ripup`` no net of an array makes a
+long detour: 130 MHz instead of 105. Where the placement itself is too slow, as that of whole cores, router2 does not
+end with it."""
+
+ROUTER2_CORE_MACS: Final = 128
+"""The same for whole cores: the heap placer leaves one of 256 MACs with twice the wires, which no router ends with."""
 
 HEAP_TIMING_WEIGHT: Final = 40
 """Four times nextpnr's default: without it, cores fill up with paths of few hops and long wires (68 MHz instead of 87
@@ -476,7 +479,8 @@ def synthesize(
         With how many wires are short.
     """
     if router is None:
-        router = "router2" if device.family == "ecp5" and arch.macs_per_cycle >= ROUTER2_MACS else "router1"
+        least = ROUTER2_CORE_MACS if part == "core" else ROUTER2_MACS
+        router = "router2" if device.family == "ecp5" and arch.macs_per_cycle >= least else "router1"
     with tempfile.TemporaryDirectory(prefix="nibblecore-synth-") as scratch:
         folder = work or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@
 
 // Block RAM of 16 Kbit and 2 Kbit of parity: 2048 groups of 9 bits, of which ports of 4, 2 and 1 bits use the lower 8.
 // A port of 18 bits takes two groups and byte enables from address bits 0 and 1; one of 36 bits four groups and four
-// enables, with the upper half of its word on the pins of the other port.
+// enables, with the upper half of its word on the pins of the other port, whose output register then is in the same mode.
 //
 // Bits that one port reads at the edge at which the other writes them are undefined on silicon. Here they come out
 // inverted, so that whoever uses them computes something else.
@@ -137,7 +137,7 @@ module DP16KD (
     endfunction
 
     reg [8:0] groups [0:2047];
-    reg [35:0] word_a, word_b;
+    reg [35:0] word_a, word_b, out_a, out_b;
     wire [10:0] group_a = first_group(DATA_WIDTH_A, address_a);
     wire [10:0] group_b = first_group(DATA_WIDTH_B, address_b);
     wire [2:0] low_a = low_bit(DATA_WIDTH_A, address_a);
@@ -166,7 +166,10 @@ module DP16KD (
         for (n = 0; n < 2048; n = n + 1) groups[n] = CONTENTS[20*(n/2) + 9*(n%2) +: 9];
         word_a = 36'd0;
         word_b = 36'd0;
-        if (REGMODE_A != "NOREG" || REGMODE_B != "NOREG" || CSDECODE_A != "0b000" ||
+        out_a = 36'd0;
+        out_b = 36'd0;
+        if ((REGMODE_A != "NOREG" && REGMODE_A != "OUTREG") || (REGMODE_B != "NOREG" && REGMODE_B != "OUTREG") ||
+            (DATA_WIDTH_B == 36 && REGMODE_A != REGMODE_B) || CSDECODE_A != "0b000" ||
             CSDECODE_B != "0b000" || CLKAMUX != "CLKA" || CLKBMUX != "CLKB")
             $fatal(1, "%m: this mode of DP16KD has no model");
     end
@@ -184,8 +187,10 @@ module DP16KD (
                     word_a[9*la +: 9] <= (shifted_a[9*la +: 9] & used_a) >> low_a;
             end
         end
+        if (OCEA) out_a <= word_a;
         if (RSTA) begin
             if (RESETMODE != "SYNC") $fatal(1, "%m: the asynchronous reset of DP16KD has no model");
+            if (REGMODE_A != "NOREG") $fatal(1, "%m: the reset of the output register of DP16KD has no model");
             word_a <= 36'd0;
         end
     end
@@ -203,16 +208,20 @@ module DP16KD (
                     word_b[9*lb +: 9] <= (shifted_b[9*lb +: 9] & used_b) >> low_b;
             end
         end
+        if (OCEB) out_b <= word_b;
         if (RSTB) begin
             if (RESETMODE != "SYNC") $fatal(1, "%m: the asynchronous reset of DP16KD has no model");
+            if (REGMODE_B != "NOREG") $fatal(1, "%m: the reset of the output register of DP16KD has no model");
             word_b <= 36'd0;
         end
     end
 
+    wire [35:0] data_out_a = REGMODE_A == "OUTREG" ? out_a : word_a;
+    wire [35:0] data_out_b = REGMODE_B == "OUTREG" ? out_b : word_b;
     assign {DOA17, DOA16, DOA15, DOA14, DOA13, DOA12, DOA11, DOA10, DOA9, DOA8, DOA7, DOA6, DOA5, DOA4, DOA3, DOA2,
-    DOA1, DOA0} = DATA_WIDTH_B == 36 ? word_b[17:0] : word_a[17:0];
+    DOA1, DOA0} = DATA_WIDTH_B == 36 ? data_out_b[17:0] : data_out_a[17:0];
     assign {DOB17, DOB16, DOB15, DOB14, DOB13, DOB12, DOB11, DOB10, DOB9, DOB8, DOB7, DOB6, DOB5, DOB4, DOB3, DOB2,
-    DOB1, DOB0} = DATA_WIDTH_B == 36 ? word_b[35:18] : word_b[17:0];
+    DOB1, DOB0} = DATA_WIDTH_B == 36 ? data_out_b[35:18] : data_out_b[17:0];
 endmodule
 
 // Multiplier of 18 x 18 bits, each signed or not, with registers at its inputs and its output where they are asked for.

@@ -90,7 +90,7 @@ class ArchConfig:
     dsp_columns: int = 0
     adder_levels: int = 2
     acc_bits: int = 24
-    acc_depth: int = 512
+    acc_depth: int = 256
     post_lanes: int = 4
     act_depth: int = 4096
     act_banks: int = 4
@@ -337,7 +337,7 @@ ARCHS: Final[dict[str, ArchConfig]] = {
             semaphore_bits=2,
             counters=False,
         ),
-        ArchConfig(name="small", lanes=16, columns=16, element="bitplane", weight_depth=1024),
+        ArchConfig(name="small", lanes=16, columns=16, element="lutram2", weight_depth=1024),
         _LARGE,
         _LARGE.replace(name="xlarge", columns=64, post_lanes=8),
     )

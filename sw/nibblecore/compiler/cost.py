@@ -68,7 +68,7 @@ class CostParameters:
     """
 
     issue: int = 2
-    fetch_start: int = 6
+    fetch_start: int = 8
     fetch_interval: int = 3
     mac_start: int = 5
     mac_prefetch: bool = True
@@ -76,14 +76,14 @@ class CostParameters:
     mac_drain_dsp: int = 4
     mac_drain_levels: int = 3
     acc_hazard: int = 4
-    post_start: int = 6
+    post_start: int = 7
     post_end: int = 16
     post_end_add: int = 24
     post_end_raw: int = 7
-    pool_overhead: int = 12
+    pool_overhead: int = 13
     load_start: int = 4
     load_end: int = 2
-    store_start: int = 9
+    store_start: int = 10
     store_end: int = 1
     store_word: int = 3
     sequential_drain: int = 3

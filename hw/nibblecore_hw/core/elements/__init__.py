@@ -3,7 +3,8 @@
 
 from typing import Any, Final
 
-from .base import TECHNOLOGIES, DotElement, check_technology
+from ...technology import TECHNOLOGIES, check_technology
+from .base import DotElement
 from .bitplane import BitplaneDot
 from .dsp import DspHead, DspQuad
 from .generic import GenericDot

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Sequence
-from typing import ClassVar, Final
+from typing import ClassVar
 
 from amaranth.hdl import Signal, signed
 from amaranth.lib import data, wiring
@@ -15,17 +15,6 @@ def check_int(name: str, value: int, low: int, high: int) -> None:
         raise TypeError(f"{name} must be an integer, not {value!r}")
     if not low <= value <= high:
         raise ValueError(f"{name} must be in {low}..{high}, not {value}")
-
-
-TECHNOLOGIES: Final = ("generic", "ecp5")
-"""Primitives that a component may instantiate: none, or those of the ECP5."""
-
-
-def check_technology(technology: str) -> str:
-    """``technology``, if there is one of that name."""
-    if technology not in TECHNOLOGIES:
-        raise ValueError(f"technology must be one of {', '.join(TECHNOLOGIES)}, not {technology!r}")
-    return technology
 
 
 class DotElement(wiring.Component, abc.ABC):

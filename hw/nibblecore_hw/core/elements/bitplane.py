@@ -4,7 +4,8 @@ from typing import Any
 
 from amaranth.hdl import Module, Signal, Value
 
-from .base import DotElement, check_int, check_technology
+from ...technology import check_technology
+from .base import DotElement, check_int
 from .heap import Leaf, Plan, Product, plan_dot
 from .summation import add_plan
 

@@ -23,7 +23,8 @@ from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
-from .base import check_int, check_technology
+from ...technology import check_technology
+from .base import check_int
 from .chains import Addition, Choice, add_in_chains
 
 FIELD_BITS = 7

@@ -150,15 +150,14 @@ def add_chains(
         _instantiate(m, cells, name=f"{name}{number}", carry_in=carry_in, carry_out=carry_out)
 
 
-def add_either(m: Module, left: tuple[Value, Value], right: tuple[Value, Value], total: Signal, *, name: str) -> None:
-    """``total = (left[0] | left[1]) + (right[0] | right[1])`` in one chain of ``len(total)`` half-cells.
+def add_kept(m: Module, kept: Value, keep: Value, either: tuple[Value, Value], total: Signal, *, name: str) -> None:
+    """``total = (kept & keep) + (either[0] | either[1])`` in one chain of ``len(total)`` half-cells.
 
-    All five have the same width; the sum wraps. Submodules are called ``<name>_<n>``.
+    All but ``keep``, which is one bit, have the same width; the sum wraps. Submodules are called ``<name>_<n>``.
     """
-    either = 0b1110
     cells = [
-        _HalfCell(_Operand(either, (a, b), fixed=False), _Operand(either, (c, d), fixed=False), sum=s)
-        for a, b, c, d, s in zip(*left, *right, total, strict=True)
+        _HalfCell(_Operand(0b1110, (a, b), fixed=False), _Operand(0b1000, (c, keep), fixed=False), sum=s)
+        for a, b, c, s in zip(*either, kept, total, strict=True)
     ]
     _instantiate(m, cells, name=name, carry_in=Const(0, 1), carry_out=None)
 

@@ -45,7 +45,8 @@ from amaranth.utils import ceil_log2
 
 from nibblecore.arch.elements import TABLE_DEPTH, table_entries, table_load_cycles
 
-from .base import DotElement, check_int, check_technology
+from ...technology import check_technology
+from .base import DotElement, check_int
 from .ecp5 import subtract_gated
 from .heap import TABLE_BITS, Base, Correction, Entry, Leaf, Plan, base_bits, plan_tables
 from .summation import add_plan
