@@ -94,8 +94,9 @@ READ_LATENCY = LAST_READ_LATENCY + 1
 """The same at all other ports: what they ask for waits a cycle, so that the last port knows from registers whether it
 is granted."""
 
-ACC_READ_LATENCY = 3
-"""Edges from an accumulator read to its data: block RAM, a register at its output, one behind the group multiplexer."""
+ACC_READ_LATENCY = 4
+"""Edges from an accumulator read to its data: block RAM, the register at its output, one behind the choice among two
+groups of columns, one behind that among all."""
 
 SEQUENTIAL_READ_LATENCY = 1
 """The same of buffers and accumulators of a core that runs one instruction at a time, where nobody waits."""

@@ -50,7 +50,7 @@ def build_part(part: str, arch: ArchConfig, *, technology: str) -> Any:
         case "post":
             return PostUnit(arch, technology=technology)
         case "requantizer":
-            return RequantLane(acc_bits=arch.acc_bits)
+            return RequantLane(acc_bits=arch.acc_bits, technology=technology)
         case "load" | "store" if arch.sequential:
             return SequentialDma(arch=arch)
         case "load":

@@ -103,11 +103,18 @@ class Accelerator(wiring.Component):
             if arch.sequential
             else Control(arch=arch, axi_id=FETCH_ID, technology=self.technology)
         )
-        fresh = ResetInserter(control.core_reset)
+        # A register for each unit, as a reset reaches hundreds of flip-flops; Yosys does not make one of registers that
+        # differ in what they are themselves reset to.
+        mac_reset, post_reset, dma_reset = Signal(reset_less=True), Signal(), Signal(init=1)
+        for reset in (mac_reset, post_reset, dma_reset):
+            if arch.sequential:
+                m.d.comb += reset.eq(control.core_reset)
+            else:
+                m.d.sync += reset.eq(control.core_reset)
         mac = SequentialMac(arch) if arch.sequential else MacEngine(arch, technology=self.technology)
         post = SequentialPost(arch) if arch.sequential else PostUnit(arch, technology=self.technology)
-        m.submodules.mac = fresh(mac)
-        m.submodules.post = fresh(post)
+        m.submodules.mac = ResetInserter(mac_reset)(mac)
+        m.submodules.post = ResetInserter(post_reset)(post)
         m.submodules.arbiter = arbiter = AxiReadArbiter(arch=arch)
         activations = self._buffer(
             depth=arch.act_depth, banks=arch.act_banks, parts=arch.parts_per_brick, kind=arch.act_memory, readers=3,
@@ -117,6 +124,7 @@ class Accelerator(wiring.Component):
         m.submodules.activations = activations
         m.submodules.weights = weights
 
+        fresh = ResetInserter(dma_reset)
         dma = self._one_dma(m, fresh, control) if arch.sequential else self._two_dmas(m, fresh, control, post)
 
         # Buffers, in order of priority: whoever asks less often wins.

@@ -93,6 +93,7 @@ class Core:
             active = False
             draining = 0
             offered: int | None = None
+            announced = 0  # engines are reset in the cycle after `core_reset`
             while True:
                 ready = not active and self.rng.random() < 0.7
                 finish = active and left == 1
@@ -109,6 +110,7 @@ class Core:
                     port.command.valid, port.command.payload, dut.stop, dut.core_reset, dut.running,
                     *((port.region.base, port.region.size) if engine in DMA_ENGINES else ()),
                 )  # fmt: skip
+                core_reset, announced = announced, core_reset
                 self.counts[Counter[f"{engine.name}_BUSY"]] += running and active
                 # Offers stay and do not change, but for a reset.
                 assert offered is None or (valid and word == offered), f"{engine}'s offer changed (seed {self.seed})"

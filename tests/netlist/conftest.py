@@ -141,7 +141,7 @@ COMPONENTS: dict[str, Callable[[str], Any]] = {
         )
         for kind in ELEMENT_WEIGHT_RANGE
     },
-    "requantizer": lambda technology: RequantLane(acc_bits=24),
+    "requantizer": lambda technology: RequantLane(acc_bits=24, technology=technology),
     "sum_of_products": lambda technology: SumOfProducts(keep=True),
     # Groups whose sums come at different times, and so wide that accumulators wrap.
     "accumulators": lambda technology: Accumulators(

@@ -1,5 +1,6 @@
 """What the post unit may cost on an ECP5, counted by Yosys before placement."""
 
+import functools
 import json
 import subprocess
 from collections.abc import Callable
@@ -27,7 +28,7 @@ def cells(component: Any, folder: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize(
     "make_lane",
-    [lambda: RequantLane(acc_bits=24), lambda: RequantLane(acc_bits=32)],
+    [functools.partial(RequantLane, acc_bits=bits, technology="ecp5") for bits in (24, 32)],
     ids=["requant24", "requant32"],
 )
 def test_a_lane_takes_two_multipliers(make_lane: Callable[[], Any], tmp_path: Path) -> None:

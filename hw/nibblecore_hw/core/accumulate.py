@@ -177,7 +177,7 @@ class Accumulators(wiring.Component):
         m.d.sync += asked.eq(1 << self.read.group)
         gates = Signal.like(asked, reset_less=True)
         m.d.sync += gates.eq(asked)
-        words: list[Value] = []
+        words: list[Value] = []  # 0 where another group is asked
         word = data.ArrayLayout(signed(arch.acc_bits), arch.post_lanes)
         for group in range(groups):
             arrival = self._latencies[group]
@@ -219,10 +219,16 @@ class Accumulators(wiring.Component):
                 m.d.comb += [adder.either[0].eq(straight), adder.either[1].eq(shifted)]
                 m.d.sync += totals[lane].eq(adder.total)
 
-        # The memory's two registers are the first two edges, the one behind the OR is the third.
-        assert ACC_READ_LATENCY == 3
+        # The memory's two registers are the first two edges. Of large arrays, the groups are far apart: a register
+        # between the choices among two of them and among all is the third, the one behind that the fourth.
+        assert ACC_READ_LATENCY == 4
+        pairs = []
+        for n in range(0, groups, 2):
+            pair = Signal(word.size, name=f"pair{n}", reset_less=True)
+            m.d.sync += pair.eq(functools.reduce(operator.or_, words[n : n + 2]))
+            pairs.append(pair)
         drained_word = Signal(word, reset_less=True)
-        m.d.sync += drained_word.eq(functools.reduce(operator.or_, words))
+        m.d.sync += drained_word.eq(functools.reduce(operator.or_, pairs))
         m.d.comb += self.read.data.eq(drained_word)
         return m
 

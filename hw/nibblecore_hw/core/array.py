@@ -225,7 +225,10 @@ class SystolicArray(wiring.Component):
                 hop_write = data.View(write.shape(), Signal(write.shape().size, name=f"write{group}", reset_less=True))
                 hop_bank = Signal(name=f"bank{group}", reset_less=True)
                 hop_swap = Signal(name=f"table_swap{group}")
-                hop_stb, hop_base_stb = (Signal.like(write_stb, name=f"{n}{group}") for n in ("write_stb", "base_stb"))
+                # Not reset: what is on its way comes to nothing, as every tile is filled anew.
+                hop_stb, hop_base_stb = (
+                    Signal.like(write_stb, name=f"{n}{group}", reset_less=True) for n in ("write_stb", "base_stb")
+                )
                 m.d.sync += [
                     hop_coded.eq(coded),
                     hop_bank.eq(bank),

@@ -263,9 +263,9 @@ class PostUnit(wiring.Component):
 
     A POOL takes one cycle per word of every tap, inside the map or not. Before that and after it, counted from the
     first cycle with ``command.valid`` (when the unit is idle) to the one with ``done_stb``, a POST takes
-    ``param_words + 23`` cycles (with ``add``: 32, INT8 with more than one step: one more, RAW32: ``param_words + 14``),
-    a POOL 13; :meth:`cycles` has the sum.
-    The next command may be there with ``done_stb`` and then starts in that cycle. ``command.ready`` comes in the third
+    ``param_words + 25`` cycles (with ``add``: 33, INT8 with more than one step: one more, RAW32: ``param_words + 16``),
+    a POOL 14; :meth:`cycles` has the sum.
+    The next command may be there with ``done_stb`` and then starts in that cycle. ``command.ready`` comes in the fourth
     cycle of ``command.valid``: the transfer is not what starts the address generators, but what lets go of the payload.
 
     All of this without stalls. Reads and writes may be refused in any cycle: up to 16 bricks of the stored operand are
@@ -397,10 +397,15 @@ class PostUnit(wiring.Component):
         transfer = Signal()
         m.d.comb += [
             to_post.eq(post.opcode == int(Opcode.POST)),
-            opening.eq(idle & self.command.valid),
             transfer.eq(self.command.valid & self.command.ready),
         ]
-        m.d.sync += opened.eq(opening & ~transfer)
+        # The nests are idle whenever a job comes: they let go of it in its third cycle, which is known before.
+        assert LoopNest.HOLD == 2
+        m.d.sync += [
+            opening.eq(idle & self.command.valid & ~transfer),
+            opened.eq(opening & ~transfer),
+            self.command.ready.eq(opened & ~transfer),
+        ]
         with m.If(transfer):
             m.d.sync += [idle.eq(0), self.busy.eq(1)]
 
@@ -442,11 +447,9 @@ class PostUnit(wiring.Component):
         read_loops = (Loop(name="plane", count_bits=1, step_bits=1), *pool_loops)
         m.submodules.reads = reads = LoopNest(loops=read_loops)
         m.submodules.writes = writes = LoopNest(loops=self._write_loops())
-        # Both nests are idle whenever a job comes, so they let go of it in the same cycle.
         m.d.comb += [
             reads.job.valid.eq(opening),
             writes.job.valid.eq(opening),
-            self.command.ready.eq(idle & reads.job.ready),
         ]
         read_job, write_job = reads.job.payload, writes.job.payload
         m.d.comb += [
@@ -579,7 +582,7 @@ class PostUnit(wiring.Component):
         sub, last_sub = Signal(range(max(2, raw_words))), Signal(range(max(2, raw_words)), reset_less=True)
         m.d.sync += last_sub.eq(Mux(raw, raw_words - 1, add | (wide if steps == 1 else 0)))
         phase = Signal()
-        m.d.sync += phase.eq(~phase & ~opening)
+        m.d.sync += phase.eq(~phase | opening)
         brick_begins, go, enters, ends_step, ends_brick = (
             Signal(name=n) for n in ("brick_begins", "go", "enters", "ends_step", "ends_brick")
         )
@@ -649,8 +652,9 @@ class PostUnit(wiring.Component):
             if len(self.acc_read.group)
             else 0
         )
-        # The memories' words come two cycles behind their address: it moves on two before the last step.
-        step_read, operand_used = counted(valid[self._CODE - 2], "step_read")
+        # The memories' words come two cycles behind their address, and a register follows the choice of a step's part:
+        # the address moves on three before the last step.
+        step_read, operand_used = counted(valid[self._CODE - 3], "step_read")
         operand_step = delayed(m, step_read, 2, "operand_step") if steps > 1 else Const(0, 1)
         using_up, used_up = Signal(), Signal()
         m.d.comb += using_up.eq(operand_used | (raw & ends_brick))
@@ -675,13 +679,16 @@ class PostUnit(wiring.Component):
         if partial:
             # Which group of the brick a step of this part is.
             operand_step = Cat(operand_step[: ceil_log2(steps)], part)
-        operand_high, operand_low = (word.word_select(operand_step, 4 * post_lanes) for word in operand_words)
+        operand_high, operand_low = (
+            delayed(m, word.word_select(operand_step, 4 * post_lanes), 1, f"operand_{name}")
+            for name, word in zip(("high", "low"), operand_words, strict=True)
+        )
 
         nibbles_high: list[Value] = []
         nibbles_low: list[Value] = []
         sums = []
         for i in range(post_lanes):
-            m.submodules[f"requant_{i}"] = requant = RequantLane(acc_bits=arch.acc_bits)
+            m.submodules[f"requant_{i}"] = requant = RequantLane(acc_bits=arch.acc_bits, technology=self._technology)
             record = store.records[i]
             b_high, b_low = operand_high.word_select(i, 4), operand_low.word_select(i, 4)
             # 16*high + low + 8, or low alone. Without an operand 0, and not what the memory happens to hold: times
@@ -798,16 +805,16 @@ class PostUnit(wiring.Component):
         """Cycles from the first with ``command.valid``, the unit being idle, to ``done_stb``, if nothing is refused."""
         i, pixels = instruction, instruction["rows"] * instruction["cols"]
         if i.opcode is Opcode.POOL:
-            return pixels * i["bricks"] * i["kernel_y"] * i["kernel_x"] * (1 + i["wide"]) + READ_LATENCY + 8
+            return pixels * i["bricks"] * i["kernel_y"] * i["kernel_x"] * (1 + i["wide"]) + READ_LATENCY + 9
         bricks = 1 if arch.parts_per_brick > 1 else i["bricks"]
         columns = min(arch.lanes, arch.columns)
         steps = columns // arch.post_lanes
-        start = arch.param_words + READ_LATENCY + 2
+        start = arch.param_words + READ_LATENCY + 3
         if i["mode"] == OutputMode.RAW32:
             return start + pixels * bricks * RAW_WORDS * columns // arch.lanes - 1 + cls._SUM + 3
         add, words_out = i["add"], 1 + (i["mode"] == OutputMode.INT8)
         step = max(1 + add, words_out if steps == 1 else 1)
-        first = max(start, 5 + (add and i["add_wide"]))
+        first = max(start, 6 + (add and i["add_wide"]))
         first += add * (first % 2)
         last = first + (pixels * bricks * steps - 1) * step
         return last + (cls._SECOND if add else cls._CODE) + 3 + words_out

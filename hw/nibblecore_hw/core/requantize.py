@@ -7,6 +7,8 @@ from amaranth.lib.wiring import In, Out
 from nibblecore.arch import numerics
 from nibblecore.arch.numerics import ADD_FACTOR_BITS, BIAS_BITS, MULT_BITS, SHIFT_MAX
 
+from .multiply import Multiplier
+
 __all__ = ["CODE_BITS", "DIFFERENCE_BITS", "RequantLane", "RoundShiftClamp", "delayed"]
 
 CODE_BITS = 8
@@ -183,6 +185,8 @@ class RequantLane(wiring.Component):
     ----------
     acc_bits : int
         Width of an accumulator, 24..32.
+    technology : {"generic", "ecp5"}
+        Primitives that may be instantiated.
 
     Members
     -------
@@ -214,7 +218,7 @@ class RequantLane(wiring.Component):
     Raises
     ------
     ValueError
-        For ``acc_bits`` outside its range.
+        For ``acc_bits`` outside its range, or an unknown technology.
     """
 
     LATENCY = 5 + RoundShiftClamp.LATENCY
@@ -238,9 +242,10 @@ class RequantLane(wiring.Component):
     sum: Signal
     code: Signal
 
-    def __init__(self, *, acc_bits: int) -> None:
+    def __init__(self, *, acc_bits: int, technology: str = "generic") -> None:
         if not 24 <= acc_bits <= 32:
             raise ValueError(f"acc_bits must be in 24..32, not {acc_bits!r}")
+        self._technology = technology
         code, difference = signed(CODE_BITS), signed(DIFFERENCE_BITS)
         super().__init__(
             {
@@ -273,8 +278,7 @@ class RequantLane(wiring.Component):
             again.append(stage)
 
         # On the second pass the factors of the addition are the bias of nothing, as a register costs no LUT to reset,
-        # and the differences take the place of the multiplier. The multipliers' operands have registers of their own,
-        # which can be placed beside them: those of the sum stay at its carry chain.
+        # and the differences take the place of the multiplier.
         acc = Signal(self.acc.shape(), reset_less=True)
         m.d.sync += [acc.eq(self.acc), self.sum.eq(acc + self.bias)]
         with m.If(self.again):
@@ -283,19 +287,17 @@ class RequantLane(wiring.Component):
         a = delayed(m, self.code, 1, "a")
         b = Signal(signed(DIFFERENCE_BITS), reset_less=True)
         m.d.sync += b.eq(self.b - self.zero_b)
-        low = Signal(signed(_LOW_BITS + 1), reset_less=True)
-        high = Signal(signed(BIAS_BITS - _LOW_BITS), reset_less=True)
-        low_factor, high_factor = (
-            Signal(signed(MULT_BITS), name=name, reset_less=True) for name in ("low_factor", "high_factor")
+        low = m.submodules.low = Multiplier(product_bits=_LOW_BITS + MULT_BITS, technology=self._technology)
+        high = m.submodules.high = Multiplier(
+            product_bits=BIAS_BITS - _LOW_BITS + MULT_BITS, technology=self._technology
         )
-        m.d.sync += [
-            low.eq(Cat(self.sum[:_LOW_BITS], self.sum[_LOW_BITS - 1] & again[2]).as_signed()),
-            high.eq(self.sum[_LOW_BITS:].as_signed()),
-            low_factor.eq(Mux(again[2], b, mult)),
-            high_factor.eq(Mux(again[2], a, mult)),
+        m.d.comb += [
+            low.left.eq(Cat(self.sum[:_LOW_BITS], self.sum[_LOW_BITS - 1] & again[2]).as_signed()),
+            high.left.eq(self.sum[_LOW_BITS:].as_signed()),
+            low.right.eq(Mux(again[2], b, mult)),
+            high.right.eq(Mux(again[2], a, mult)),
         ]
-        low_product = Signal(signed(_LOW_BITS + MULT_BITS), reset_less=True)
-        high_product = Signal(signed(BIAS_BITS - _LOW_BITS + MULT_BITS), reset_less=True)
+        low_product, high_product = low.product, high.product
         product = Signal(signed(BIAS_BITS + MULT_BITS), reset_less=True)
         # The sum of the second pass stands _LOW_BITS higher, where the two products of the first one are added. What
         # is below it does not count, as its shift is at least 1. Its products fit 24 bits: a difference is within
@@ -303,11 +305,7 @@ class RequantLane(wiring.Component):
         lower = Mux(
             again[4], low_product[: DIFFERENCE_BITS + ADD_FACTOR_BITS].as_signed(), low_product[_LOW_BITS:].as_signed()
         )
-        m.d.sync += [
-            low_product.eq(low * low_factor),
-            high_product.eq(high * high_factor),
-            product.eq(Cat(low_product[:_LOW_BITS], high_product + lower)),
-        ]
+        m.d.sync += product.eq(Cat(low_product[:_LOW_BITS], high_product + lower))
 
         # Registers that are alike in all lanes become one.
         zero = Signal(signed(CODE_BITS), reset_less=True)

@@ -132,7 +132,7 @@ class Control(wiring.Component):
     stop : Out(1)
         To the DMAs: start no bus transaction.
     core_reset : Out(1)
-        One cycle, when the bus is idle: every engine forgets what it was doing.
+        One cycle, when the bus is idle: in the next one, every engine forgets what it was doing, as control does.
     running : Out(1)
         A program runs.
     irq : Out(1)
@@ -189,13 +189,16 @@ class Control(wiring.Component):
         semaphores = Semaphores(bits=self._arch.semaphore_bits)
         instructions = InstructionMemory(arch=self._arch, technology=self._technology)
         stages = {e: IssueStage(arch=self._arch, engine=e) for e in Engine}
-        # Registers: these reach hundreds of flip-flops. Fetch brings nothing before the second cycle after its start.
-        reset_units, start_anew = Signal(), Signal()
+        # Registers: these reach hundreds of flip-flops. Fetch brings nothing before the third cycle after its start.
+        soon, reset_units = Signal(), Signal()
+        start_soon, start_anew = Signal(), Signal()
         m.d.sync += [
-            reset_units.eq(supervisor.core_reset),
-            start_anew.eq(supervisor.core_reset | supervisor.start_stb),
+            soon.eq(supervisor.core_reset),
+            reset_units.eq(soon),
+            start_soon.eq(supervisor.core_reset | supervisor.start_stb),
+            start_anew.eq(start_soon),
         ]
-        m.d.comb += self.core_reset.eq(reset_units)
+        m.d.comb += self.core_reset.eq(soon)
         core_reset = ResetInserter(reset_units)
         m.submodules.csr = csr
         m.submodules.supervisor = supervisor

@@ -33,7 +33,7 @@ class Supervisor(wiring.Component):
     running    an error, or the watchdog   error; unit, cause, index and waits are kept
     running    ``finished``                idle, and done
     any        ``reset``                   resetting: ``stop`` until ``idle`` has been high for :data:`SETTLE` cycles,
-                                           then one cycle of ``core_reset``, one more, then idle
+                                           then one cycle of ``core_reset``, two more, then idle
     =========  ==========================  =====================================================================
 
     ``reset`` wins over everything else, an error over ``finished``. Of several errors in one cycle the one of the
@@ -224,13 +224,16 @@ class Supervisor(wiring.Component):
                 m.d.sync += [self.core_reset.eq(0), done.eq(0), pending.eq(0)]
                 m.d.sync += [cause.eq(0), unit.eq(0), index.eq(0), waits.eq(0)]
                 m.next = "CLEARED"
+            # `core_reset` may reach the units two cycles late.
             with m.State("CLEARED"):
-                # `core_reset` may reach the units a cycle late.
+                m.next = "SETTLED"
+            with m.State("SETTLED"):
                 m.d.sync += self.stop.eq(0)
                 m.next = "IDLE"
 
         # `stop` is a register, high in ERROR and while resetting: it leads to every engine.
-        resetting = fsm.ongoing("RESETTING") | fsm.ongoing("CLEAR") | fsm.ongoing("CLEARED")
+        resetting = fsm.ongoing("RESETTING") | fsm.ongoing("CLEAR")
+        resetting |= fsm.ongoing("CLEARED") | fsm.ongoing("SETTLED")
         m.d.comb += [
             self.running.eq(fsm.ongoing("RUNNING")),
             self.error_index_kept.eq(index),

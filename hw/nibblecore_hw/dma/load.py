@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from amaranth import Cat, Module, Mux, Signal, Value
+from amaranth import Cat, Module, Mux, Signal
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2
@@ -142,10 +142,10 @@ class LoadDma(wiring.Component):
             words.i.valid.eq(waiting_valid),
             words.i.payload.eq(waiting),
         ]
+        next_target = Mux(words.i.ready & waiting_valid, waiting_target, target)
+        m.d.sync += target.eq(next_target)
         with m.If(words.i.ready):
             m.d.sync += waiting_valid.eq(0)
-            with m.If(waiting_valid):
-                m.d.sync += target.eq(waiting_target)
         with m.If(take):
             word_log2 = ceil_log2(arch.word_bytes)
             m.d.sync += [
@@ -195,15 +195,16 @@ class LoadDma(wiring.Component):
         # Words to the buffers.
         lane = words.o.payload.lane
         word = skid.o.payload.bits.word_select(lane, arch.word_bits) if len(lane) else skid.o.payload.bits
-        usable, written = Signal(), Signal()
-        act_ready: Value = self.act.ready
-        if arch.act_memory == "dual":
-            # What the other writer does is known a cycle ahead; it is far away.
-            act_ready = Signal(init=1)
-            m.d.sync += act_ready.eq(self.act_ready_next)
+        usable, written, may_write = Signal(), Signal(), Signal()
         m.d.comb += [
             usable.eq(skid.o.valid & words.o.valid & ~halted & ~skid.o.payload.error),
-            written.eq(usable & Mux(target == LoadTarget.ACTIVATIONS, act_ready, self.weights.ready)),
+            written.eq(
+                skid.o.valid
+                & words.o.valid
+                & ~skid.o.payload.error
+                & may_write
+                & ((target == int(LoadTarget.ACTIVATIONS)) | self.weights.ready)
+            ),
             skid.o.ready.eq(written | halted),
             words.o.ready.eq(written),
         ]
@@ -218,6 +219,14 @@ class LoadDma(wiring.Component):
         # What the rest of the core sees.
         done, error_stb, cause, stall = Signal(), Signal(), Signal(8, reset_less=True), Signal()
         refused, bad_data = Signal(), Signal()
+        # The activation buffer takes a word, and no error keeps it back. Known a cycle ahead where the other writer
+        # says so: it is far away.
+        to_activations = int(LoadTarget.ACTIVATIONS)
+        if arch.act_memory == "dual":
+            halts = stopped | refused | bad_data
+            m.d.sync += may_write.eq(~halts & ((next_target != to_activations) | self.act_ready_next))
+        else:
+            m.d.comb += may_write.eq(~halted & ((target != to_activations) | self.act.ready))
         m.d.comb += [
             refused.eq(issue.refused & ~skid.o.valid & ~halted),
             bad_data.eq(skid.o.valid & skid.o.payload.error & words.o.valid & ~halted),

@@ -31,12 +31,15 @@ from .devices import FpgaDevice
 
 ROUTER2_MACS: Final = 1024
 """From so many MACs on nextpnr's router2 is taken, behind its static placer: router1, the default, does not converge on
-arrays of that size, router2 not on what the heap placer makes of them. With ``--tmg-ripup`` no net of an array makes a
-long detour: 130 MHz instead of 105. Where the placement itself is too slow, as that of whole cores, router2 does not
-end with it."""
+arrays of that size, router2 not on what the heap placer makes of them."""
 
 ROUTER2_CORE_MACS: Final = 128
 """The same for whole cores: the heap placer leaves one of 256 MACs with twice the wires, which no router ends with."""
+
+REPAIR_SHARE: Final = 0.97
+"""Share of the clock that the placement promises which router2 gets as its target. With ``--tmg-ripup`` it routes nets
+again that have made detours (130 MHz instead of 105 in an array of 1024 MACs), until the target is met: one that is out
+of reach never ends, one that is too low leaves detours where they are."""
 
 HEAP_TIMING_WEIGHT: Final = 40
 """Four times nextpnr's default: without it, cores fill up with paths of few hops and long wires (68 MHz instead of 87
@@ -386,7 +389,6 @@ def _route(
     *,
     seed: int,
     router: str,
-    repair: bool,
     frequency_mhz: float,
     what: str,
     report: Callable[[str], None],
@@ -395,10 +397,15 @@ def _route(
     """nextpnr's report and usage for one seed, and whether it was known."""
     options = [*device.options, "--freq", str(frequency_mhz), "--timing-allow-fail"]
     options += ["--router", router, "--seed", str(seed)]
-    if device.family == "ecp5":
-        static = ["--placer", "static", *(["--tmg-ripup"] if repair else [])]
-        options += static if router == "router2" else ["--placer-heap-timingweight", str(HEAP_TIMING_WEIGHT)]
-    key = _key(netlist=netlist.key, options=options, pins=device.constraints(), tool=tool_version(device.nextpnr))
+    in_two_steps = device.family == "ecp5" and router == "router2"
+    if in_two_steps:
+        options += ["--placer", "static"]
+    elif device.family == "ecp5":
+        options += ["--placer-heap-timingweight", str(HEAP_TIMING_WEIGHT)]
+    repair = {"repair": REPAIR_SHARE} if in_two_steps else {}
+    key = _key(
+        netlist=netlist.key, options=options, pins=device.constraints(), tool=tool_version(device.nextpnr), **repair
+    )
     kept = cache_dir() / "synth" / f"route-{key}.json"
     if kept.exists():
         known: dict[str, Any] = json.loads(kept.read_text())
@@ -411,9 +418,13 @@ def _route(
         (folder / "top.json").write_bytes(gzip.decompress(netlist.packed.read_bytes()))
     (folder / device.pins_file).write_text(device.constraints())
     watcher = _Watcher(device, what, seed, report)
-    command = [device.nextpnr, *options, "--json", "top.json", "--report", f"report{seed}.json"]
+    run = functools.partial(_tool, folder=folder, watch=watcher, stop=stop)
     try:
-        usage = _tool(command, folder, f"nextpnr{seed}.log", watcher, stop)
+        if in_two_steps:
+            usage = _place_then_route(run, device, options, folder, seed)
+        else:
+            command = [device.nextpnr, *options, "--json", "top.json", "--report", f"report{seed}.json"]
+            usage = run(command, log=f"nextpnr{seed}.log")
     except DoesNotFit as error:
         write_atomically(kept, json.dumps({"over": error.over}).encode())
         raise
@@ -429,6 +440,27 @@ def _route(
     }
     write_atomically(kept, json.dumps(content).encode())
     return content, False
+
+
+def _place_then_route(
+    run: Callable[..., _Usage], device: FpgaDevice, options: list[str], folder: Path, seed: int
+) -> _Usage:
+    """nextpnr twice: the second time routes what the first one has placed, towards what the placement promises."""
+    placed, report = f"placed{seed}.json", f"placed{seed}.report.json"
+    command = [device.nextpnr, *options, "--json", "top.json", "--no-route", "--write", placed, "--report", report]
+    usage = run(command, log=f"nextpnr{seed}.place.log")
+    promised = min(clock["achieved"] for clock in json.loads((folder / report).read_text())["fmax"].values())
+    target = REPAIR_SHARE * promised
+    design = json.loads((folder / placed).read_text())
+    # A design that is read brings its settings with it, and they win over the command's.
+    (settings,) = (m["settings"] for m in design["modules"].values() if "settings" in m)
+    settings["target_freq"] = f"{target * 1e6:f}"
+    write_atomically(folder / placed, json.dumps(design).encode())
+    kept = list(device.options)
+    del kept[kept.index("--lpf") : kept.index("--lpf") + 2]  # pins are in the design
+    command = [device.nextpnr, *kept, "--freq", f"{target:f}", "--timing-allow-fail", "--seed", str(seed)]
+    command += ["--json", placed, "--no-pack", "--no-place", "--router", "router2", "--tmg-ripup"]
+    return usage + run([*command, "--report", f"report{seed}.json"], log=f"nextpnr{seed}.log")
 
 
 def synthesize(
@@ -457,7 +489,8 @@ def synthesize(
     seeds : int
         Placement seeds 1..seeds.
     frequency_mhz : float, optional
-        What nextpnr shall strive for; by default the device's.
+        What nextpnr shall strive for; by default the device's. Behind the static placer, which looks at no target, the
+        router's is what the placement promises (:data:`REPAIR_SHARE`).
     router : str, optional
         ``router1`` or ``router2``; by default by size, see :data:`ROUTER2_MACS`.
     work : Path, optional
@@ -497,7 +530,6 @@ def synthesize(
                 folder,
                 seed=seed,
                 router=router,
-                repair=part != "core",
                 frequency_mhz=frequency_mhz or device.frequency_mhz,
                 what=f"{arch.name} ({part})",
                 report=functools.partial(_tell, report, place),

@@ -76,11 +76,11 @@ class CostParameters:
     mac_drain_dsp: int = 4
     mac_drain_levels: int = 3
     acc_hazard: int = 4
-    post_start: int = 7
-    post_end: int = 16
-    post_end_add: int = 24
-    post_end_raw: int = 7
-    pool_overhead: int = 13
+    post_start: int = 8
+    post_end: int = 17
+    post_end_add: int = 25
+    post_end_raw: int = 8
+    pool_overhead: int = 14
     load_start: int = 4
     load_end: int = 2
     store_start: int = 10

@@ -18,12 +18,13 @@ import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from amaranth.hdl import Cat, ClockSignal, Const, Instance, Module, Mux, Signal, Value, signed, unsigned
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from ...technology import check_technology
+from ..multiply import Multiplier
 from .base import check_int
 from .chains import Addition, Choice, add_in_chains
 
@@ -78,7 +79,7 @@ class PackedMultiplier(wiring.Component):
         If the technology is unknown.
     """
 
-    LATENCY: ClassVar[int] = 2
+    LATENCY: ClassVar[int] = Multiplier.LATENCY
 
     pair: data.View
     even: Signal
@@ -92,22 +93,12 @@ class PackedMultiplier(wiring.Component):
     def elaborate(self, platform: Any) -> Module:
         m = Module()
         # Each field of 7 or 14 bits takes the sign of what stands in it; the field above has been corrected for that.
-        left, right = Signal(signed(18)), Signal(signed(18))
+        m.submodules.multiplier = multiplier = Multiplier(product_bits=PRODUCT_BITS, technology=self._technology)
         m.d.comb += [
-            left.eq(Cat(self.pair.first, self.pair.first[3].replicate(3), self.pair.second).as_signed()),
-            right.eq(Cat(self.even, self.even[3].replicate(10), self.odd).as_signed()),
+            multiplier.left.eq(Cat(self.pair.first, self.pair.first[3].replicate(3), self.pair.second).as_signed()),
+            multiplier.right.eq(Cat(self.even, self.even[3].replicate(10), self.odd).as_signed()),
+            self.product.eq(multiplier.product),
         ]
-        if self._technology == "ecp5":
-            m.submodules.multiplier = _mult18x18d(left, right, self.product)
-            return m
-        left_register, right_register = (Signal(signed(18), name=f"{n}_register", reset_less=True) for n in "ab")
-        product = Signal(PRODUCT_BITS, reset_less=True)
-        m.d.sync += [
-            left_register.eq(left),
-            right_register.eq(right),
-            product.eq(left_register * right_register),
-        ]
-        m.d.comb += self.product.eq(product)
         return m
 
     @staticmethod
@@ -115,23 +106,6 @@ class PackedMultiplier(wiring.Component):
         """The 28 bits for two activations in -8..7 and two weights in -7..7."""
         (first, second), (even, odd) = activations, weights
         return (first + (second << 7)) * (even + (odd << 14)) % (1 << PRODUCT_BITS)
-
-
-def _mult18x18d(left: Value, right: Value, product: Value) -> Instance:
-    """A multiplier with registers at its inputs and its output, which nextpnr times (REG_PIPELINE it would not)."""
-    parameters = {"GSR": "DISABLED", "RESETMODE": "SYNC"}
-    for register in ("INPUTA", "INPUTB", "OUTPUT"):
-        parameters |= {f"REG_{register}_CLK": "CLK0", f"REG_{register}_CE": "CE0", f"REG_{register}_RST": "RST0"}
-    inputs: dict[str, Any] = {"CLK0": ClockSignal(), "CE0": Const(1, 1), "RST0": Const(0, 1)}
-    inputs |= {"SIGNEDA": Const(1, 1), "SIGNEDB": Const(1, 1), "SOURCEA": Const(0, 1), "SOURCEB": Const(0, 1)}
-    inputs |= {f"A{n}": left[n] for n in range(18)} | {f"B{n}": right[n] for n in range(18)}
-    inputs |= {f"C{n}": Const(0, 1) for n in range(18)}
-    return Instance(
-        "MULT18X18D",
-        **{f"p_{name}": value for name, value in parameters.items()},
-        **{f"i_{name}": value for name, value in inputs.items()},
-        **{f"o_P{n}": product[n] for n in range(PRODUCT_BITS)},
-    )
 
 
 class ProductTrees(wiring.Component):
