@@ -177,7 +177,10 @@ class Fetch(wiring.Component):
         length = Signal(burst_log2 + 1, reset_less=True)  # beats of the next burst
         prepared = Signal()  # `length` is valid
         in_flight = Signal(range(BURSTS + 1))
-        reserved = Signal(range(depth + 1))  # beats that were requested, until their instruction has had its turn
+        # Here and below, what a start resets needs no other reset, which would stand before it in its path.
+        reserved = Signal(
+            range(depth + 1), reset_less=True
+        )  # beats that were requested, until their instruction has had its turn
         outside = addr[arch.addr_bits - beat_log2 :].any() if arch.addr_bits <= 32 else 0
         at_limit = Signal()
         m.d.comb += at_limit.eq((left == 0) | outside)
@@ -246,11 +249,12 @@ class Fetch(wiring.Component):
         """Write beats to where their instruction is looked for, judge it, and offer it when its turn has come."""
         write, beats = self.write, self.beats_per_instruction
         m.submodules.decoder = decoder = BeatDecoder(beat_bits=8 * self.beat_bytes)
-        number = Signal(range(beats))
+        number, index = Signal(range(beats), reset_less=True), Signal(INDEX_BITS, reset_less=True)
+        m.d.comb += self.index.eq(index)
         bad = Signal(reset_less=True)  # a beat of the word came with an error
         engine = Signal.like(decoder.engine, reset_less=True)
         judge = Signal()  # the word before is complete
-        slots = [Signal(len(write.slot), name=f"slot_{e.name.lower()}") for e in Engine]
+        slots = [Signal(len(write.slot), name=f"slot_{e.name.lower()}", reset_less=True) for e in Engine]
         use, complete, good = Signal(), Signal(), Signal()
         m.d.comb += [
             use.eq(arrived.valid & reading),
@@ -262,7 +266,7 @@ class Fetch(wiring.Component):
             write.engine.eq(decoder.engine),
             write.number.eq(number),
             write.beat.bits.eq(arrived.payload.bits),
-            write.beat.index.eq(self.index.word_select(number, len(write.beat.index))),
+            write.beat.index.eq(index.word_select(number, len(write.beat.index))),
             good.eq(~bad & decoder.legal & ~decoder.end),
         ]
         m.d.sync += judge.eq(complete)
@@ -294,7 +298,7 @@ class Fetch(wiring.Component):
             ]
         # One that was counted before it was judged is not counted after all.
         with m.If(complete | fails):
-            m.d.sync += self.index.eq(self.index + Mux(fails, -1, 1))
+            m.d.sync += index.eq(index + Mux(fails, -1, 1))
 
         m.d.comb += [taken.eq((self.queue & self.room).any()), self.progress_stb.eq(self.axi.rvalid | taken)]
         m.d.sync += self.error_stb.eq(0)
@@ -313,5 +317,5 @@ class Fetch(wiring.Component):
         with m.If(self.stop):
             m.d.sync += active.eq(0)
         with m.If(self.start_stb):
-            m.d.sync += [active.eq(1), reading.eq(1), self.ended.eq(0), self.index.eq(0), number.eq(0), judge.eq(0)]
+            m.d.sync += [active.eq(1), reading.eq(1), self.ended.eq(0), index.eq(0), number.eq(0), judge.eq(0)]
             m.d.sync += [slot.eq(0) for slot in slots]

@@ -323,6 +323,8 @@ def count(component: Any, device: FpgaDevice, report: Callable[[str], None] = la
 
 _USED: Final = re.compile(r"^Info:\s+(\w+):\s+(\d+)/\s*(\d+)\s+\d+%$", re.MULTILINE)
 
+_PROMISED: Final = re.compile(r"^(?:Info|Warning): Max frequency for clock .*: +([0-9.]+) MHz", re.MULTILINE)
+
 _PLACER: Final = re.compile(r"^Info: (Plac|Running Static placer)", re.MULTILINE)
 
 _WHAT_TO_LOWER: Final = {
@@ -446,11 +448,15 @@ def _place_then_route(
     run: Callable[..., _Usage], device: FpgaDevice, options: list[str], folder: Path, seed: int
 ) -> _Usage:
     """nextpnr twice: the second time routes what the first one has placed, towards what the placement promises."""
-    placed, report = f"placed{seed}.json", f"placed{seed}.report.json"
-    command = [device.nextpnr, *options, "--json", "top.json", "--no-route", "--write", placed, "--report", report]
-    usage = run(command, log=f"nextpnr{seed}.place.log")
-    promised = min(clock["achieved"] for clock in json.loads((folder / report).read_text())["fmax"].values())
-    target = REPAIR_SHARE * promised
+    placed, log = f"placed{seed}.json", f"nextpnr{seed}.place.log"
+    usage = run([device.nextpnr, *options, "--json", "top.json", "--no-route", "--write", placed], log=log)
+    # The report of a design that is not routed has no clocks.
+    promised = [float(mhz) for mhz in _PROMISED.findall((folder / log).read_text(errors="replace"))]
+    if not promised:
+        raise ToolFailed(
+            f"{device.nextpnr} says of no clock how fast it will be.", hint=f"See {log} (--work keeps it)."
+        )
+    target = REPAIR_SHARE * min(promised)
     design = json.loads((folder / placed).read_text())
     # A design that is read brings its settings with it, and they win over the command's.
     (settings,) = (m["settings"] for m in design["modules"].values() if "settings" in m)
