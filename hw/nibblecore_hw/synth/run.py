@@ -36,7 +36,7 @@ arrays of that size, router2 not on what the heap placer makes of them."""
 ROUTER2_CORE_MACS: Final = 128
 """The same for whole cores: the heap placer leaves one of 256 MACs with twice the wires, which no router ends with."""
 
-REPAIR_SHARE: Final = 0.97
+REPAIR_SHARE: Final = 0.985
 """Share of the clock that the placement promises which router2 gets as its target. With ``--tmg-ripup`` it routes nets
 again that have made detours (130 MHz instead of 105 in an array of 1024 MACs), until the target is met: one that is out
 of reach never ends, one that is too low leaves detours where they are."""
