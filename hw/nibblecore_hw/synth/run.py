@@ -423,7 +423,7 @@ def _route(
     run = functools.partial(_tool, folder=folder, watch=watcher, stop=stop)
     try:
         if in_two_steps:
-            usage = _place_then_route(run, device, options, folder, seed)
+            usage = _place_then_route(run, device, options, folder, seed, frequency_mhz)
         else:
             command = [device.nextpnr, *options, "--json", "top.json", "--report", f"report{seed}.json"]
             usage = run(command, log=f"nextpnr{seed}.log")
@@ -445,7 +445,7 @@ def _route(
 
 
 def _place_then_route(
-    run: Callable[..., _Usage], device: FpgaDevice, options: list[str], folder: Path, seed: int
+    run: Callable[..., _Usage], device: FpgaDevice, options: list[str], folder: Path, seed: int, frequency_mhz: float
 ) -> _Usage:
     """nextpnr twice: the second time routes what the first one has placed, towards what the placement promises."""
     placed, log = f"placed{seed}.json", f"nextpnr{seed}.place.log"
@@ -456,7 +456,7 @@ def _place_then_route(
         raise ToolFailed(
             f"{device.nextpnr} says of no clock how fast it will be.", hint=f"See {log} (--work keeps it)."
         )
-    target = REPAIR_SHARE * min(promised)
+    target = min(REPAIR_SHARE * min(promised), frequency_mhz)
     design = json.loads((folder / placed).read_text())
     # A design that is read brings its settings with it, and they win over the command's.
     (settings,) = (m["settings"] for m in design["modules"].values() if "settings" in m)
@@ -496,7 +496,7 @@ def synthesize(
         Placement seeds 1..seeds.
     frequency_mhz : float, optional
         What nextpnr shall strive for; by default the device's. Behind the static placer, which looks at no target, the
-        router's is what the placement promises (:data:`REPAIR_SHARE`).
+        router's is at most what the placement promises (:data:`REPAIR_SHARE`).
     router : str, optional
         ``router1`` or ``router2``; by default by size, see :data:`ROUTER2_MACS`.
     work : Path, optional
