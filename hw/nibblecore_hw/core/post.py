@@ -502,7 +502,7 @@ class PostUnit(wiring.Component):
         m.submodules.store = store = RecordStore(arch)
         wiring.connect(m, store.params, wiring.flipped(self.params))
         add_bias, add_shift = RequantLane.add_record(post.k_a, post.k_b, post.add_shift + 1)
-        # Payload and `opened` stand in the second cycle of an instruction as in its first.
+        # A register: what it starts reaches every record, and the payload stands for two cycles more.
         m.d.sync += store.start.eq(opening & ~opened & to_post)
         m.d.comb += [
             store.wanted.eq(self.params_wanted),

@@ -7,6 +7,7 @@ from amaranth.lib.wiring import In, Out
 from nibblecore.arch import numerics
 from nibblecore.arch.numerics import ADD_FACTOR_BITS, BIAS_BITS, MULT_BITS, SHIFT_MAX
 
+from ..technology import check_technology
 from .multiply import Multiplier
 
 __all__ = ["CODE_BITS", "DIFFERENCE_BITS", "RequantLane", "RoundShiftClamp", "delayed"]
@@ -245,7 +246,7 @@ class RequantLane(wiring.Component):
     def __init__(self, *, acc_bits: int, technology: str = "generic") -> None:
         if not 24 <= acc_bits <= 32:
             raise ValueError(f"acc_bits must be in 24..32, not {acc_bits!r}")
-        self._technology = technology
+        self._technology = check_technology(technology)
         code, difference = signed(CODE_BITS), signed(DIFFERENCE_BITS)
         super().__init__(
             {

@@ -11,6 +11,7 @@ from nibblecore.arch.isa import INSTRUCTION_BYTES, INSTRUCTIONS, Engine
 
 from ..layouts import INDEX_BITS
 from ..mem.block import BlockMemory
+from ..technology import check_technology
 
 ENGINE_BITS = (len(Engine) - 1).bit_length()
 
@@ -108,6 +109,8 @@ class InstructionMemory(wiring.Component):
     ------
     TypeError
         If ``arch`` is no ArchConfig.
+    ValueError
+        If the technology is unknown.
     """
 
     write: Any
@@ -126,7 +129,7 @@ class InstructionMemory(wiring.Component):
     def __init__(self, *, arch: ArchConfig, technology: str = "generic") -> None:
         if not isinstance(arch, ArchConfig):
             raise TypeError(f"arch must be an ArchConfig, not {arch!r}")
-        self._arch, self._technology = arch, technology
+        self._arch, self._technology = arch, check_technology(technology)
         slots = data.ArrayLayout(slot_bits(arch), len(Engine))
         super().__init__(
             {

@@ -447,7 +447,8 @@ def _route(
 def _place_then_route(
     run: Callable[..., _Usage], device: FpgaDevice, options: list[str], folder: Path, seed: int, frequency_mhz: float
 ) -> _Usage:
-    """nextpnr twice: the second time routes what the first one has placed, towards what the placement promises."""
+    """nextpnr twice: the second run routes what the first one has placed, towards what the placement promises in MHz,
+    or ``frequency_mhz`` where that is less. Raises :class:`ToolFailed` where it promises nothing."""
     placed, log = f"placed{seed}.json", f"nextpnr{seed}.place.log"
     usage = run([device.nextpnr, *options, "--json", "top.json", "--no-route", "--write", placed], log=log)
     # The report of a design that is not routed has no clocks.
