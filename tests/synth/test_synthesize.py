@@ -160,12 +160,43 @@ def test_a_design_that_does_not_route_is_given_up(
         monkeypatch.setattr(run, "_tool", None)
 
 
-def place(folder: Path, said: str) -> list[list[str]]:
-    """The commands of placing and routing a design of which nextpnr says that, without nextpnr."""
-    commands = []
+def iteration(number: int, overused: int, slow: int) -> str:
+    return f"Info:     iter={number} wires=9 overused={overused} overuse=9 tmgfail={slow} archfail=NA\n"
+
+
+@pytest.mark.parametrize(
+    "log",
+    [
+        [(9, 0), (0, 500), (0, 400), *((0, 410 + n) for n in range(20))],
+        [(0, 400), *((n % 2, 410 + n) for n in range(20))],
+    ],
+)
+def test_a_router_that_misses_its_target_for_ever_is_stopped(log: list[tuple[int, int]]) -> None:
+    watcher = run._Watcher(get_device("ecp5-25k"), "tiny (core)", 1, lambda _: None)
+    last = log.index((0, 400)) + run.ROUTER2_PATIENCE
+    for number, (overused, slow) in enumerate(log[:last]):
+        watcher(iteration(number + 1, overused, slow))
+    with pytest.raises(run._TargetMissed, match=r"^tiny \(core\): 4\d\d nets of seed 1 stay slower than the target\.$"):
+        watcher(iteration(last + 1, *log[last]))
+    watcher.again()
+    watcher(iteration(1, 5, 0))
+
+
+def test_a_router_that_comes_nearer_to_its_target_is_not_stopped() -> None:
+    watcher = run._Watcher(get_device("ecp5-25k"), "tiny (core)", 1, lambda _: None)
+    for number in range(100):
+        watcher(iteration(number + 1, 0, 300 - 3 * (number // 9)))
+
+
+def place(folder: Path, said: str, *troubles: Exception) -> list[list[str]]:
+    """The commands of placing and routing a design of which nextpnr says that, without nextpnr: its first attempts at
+    routing end in ``troubles``."""
+    commands: list[list[str]] = []
 
     def tool(command: list[str], *, log: str) -> Any:
         commands.append(command)
+        if len(commands) - 2 in range(len(troubles)):
+            raise troubles[len(commands) - 2]
         (folder / log).write_text(said)
         if "--write" in command:
             design = {"modules": {"top": {"settings": {"router": "router2", "target_freq": "120000000.0"}}, "cell": {}}}
@@ -174,7 +205,7 @@ def place(folder: Path, said: str) -> list[list[str]]:
 
     device = get_device("ecp5-25k")
     options = [*device.options, "--router", "router2", "--placer", "static", "--seed", "7"]
-    assert run._place_then_route(tool, device, options, folder, 7, 120.0).seconds == 2.0
+    assert run._place_then_route(tool, device, options, folder, 7, 120.0).seconds >= 2.0
     return commands
 
 
@@ -192,6 +223,19 @@ def test_what_is_placed_is_routed_towards_what_the_placement_promises(tmp_path: 
     # nextpnr takes what a written design says before what its options say.
     design = json.loads((tmp_path / routing[routing.index("--json") + 1]).read_text())
     assert float(design["modules"]["top"]["settings"]["target_freq"]) == pytest.approx(target * 1e6)
+
+
+def test_a_target_that_is_missed_is_lowered_and_wires_that_are_short_are_saved(tmp_path: Path) -> None:
+    missed = run._TargetMissed("missed")
+    stuck = run.DoesNotRoute("tiny (core)", 7, 12, 30)
+    promise = "Info: Max frequency for clock 'a': 100.00 MHz (FAIL at 120.00 MHz)\n"
+    _, *routing = place(tmp_path, promise, missed, missed, stuck)
+    target = 100 * run.REPAIR_SHARE
+    targets = [float(command[command.index("--freq") + 1]) / target for command in routing]
+    assert targets == pytest.approx([1, run.TARGET_STEP, run.TARGET_STEP**2, run.TARGET_STEP**2])
+    assert ["--tmg-ripup" in command for command in routing] == [True, True, True, False]
+    with pytest.raises(run.DoesNotRoute):
+        place(tmp_path, promise, stuck, stuck)
 
 
 def test_a_placement_that_promises_nothing_is_an_error(tmp_path: Path) -> None:

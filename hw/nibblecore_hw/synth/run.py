@@ -45,8 +45,12 @@ HEAP_TIMING_WEIGHT: Final = 40
 """Four times nextpnr's default: without it, cores fill up with paths of few hops and long wires (68 MHz instead of 87
 in the same core of 256 MACs)."""
 
+TARGET_STEP: Final = 0.95
+"""Where all wires are free of conflicts and the router's target is still missed, it is multiplied by this."""
+
 ROUTER2_PATIENCE: Final = 10
-"""Iterations of router2 without fewer overused wires than before, after which it is stopped."""
+"""Iterations of router2 without fewer overused wires than before, after which it is stopped; and of those without any,
+but with nets that are too slow."""
 
 ROUTER2_LAST: Final = 100
 """From so few overused wires on, router2 gets ten times as many iterations: they are quick, and it often ends well."""
@@ -173,6 +177,10 @@ class DoesNotRoute(ToolFailed):
             hint="Take another seed, a larger device, or an element with fewer inputs per site (lutram2 instead of "
             "bitplane).",
         )
+
+
+class _TargetMissed(ToolFailed):
+    """All nets are routed, but with ``--tmg-ripup`` some are taken out again and again: the target is out of reach."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -325,6 +333,8 @@ _USED: Final = re.compile(r"^Info:\s+(\w+):\s+(\d+)/\s*(\d+)\s+\d+%$", re.MULTIL
 
 _PROMISED: Final = re.compile(r"^(?:Info|Warning): Max frequency for clock .*: +([0-9.]+) MHz", re.MULTILINE)
 
+_ITERATION: Final = re.compile(r"^Info:\s+iter=(\d+) .*overused=(\d+) (?:.*tmgfail=(\d+))?", re.MULTILINE)
+
 _PLACER: Final = re.compile(r"^Info: (Plac|Running Static placer)", re.MULTILINE)
 
 _WHAT_TO_LOWER: Final = {
@@ -354,17 +364,28 @@ class _Watcher:
         self.fits = False
         self.best = (0, sys.maxsize)
         """Iteration of router2 with the fewest overused wires, and how many these are."""
+        self.too_slow = (0, sys.maxsize)
+        """The same for nets that are too slow, of the iterations without overused wires."""
+
+    def again(self) -> None:
+        """The next run of the router is about to begin."""
+        self.best = self.too_slow = (0, sys.maxsize)
 
     def __call__(self, new: str) -> None:
         self.text += new
         if not self.fits and (found := _USED.findall(self.text)) and _PLACER.search(self.text.split(found[-1][0])[-1]):
             self._check({kind: (int(used), int(there)) for kind, used, there in found})
             self.fits = True
-        for iteration, overused in re.findall(r"^Info:\s+iter=(\d+) .*overused=(\d+) ", new, re.MULTILINE):
-            self.best = min(self.best, (int(iteration), int(overused)), key=lambda found: found[1])
-            patience = ROUTER2_PATIENCE * (10 if self.best[1] <= ROUTER2_LAST else 1)
-            if int(iteration) - self.best[0] >= patience:
-                raise DoesNotRoute(self.what, self.seed, self.best[1], int(iteration))
+        for number, wires, nets in _ITERATION.findall(new):
+            iteration, overused, slow = int(number), int(wires), int(nets or 0)
+            self.best = min(self.best, (iteration, overused), key=lambda found: found[1])
+            if not overused:
+                self.too_slow = min(self.too_slow, (iteration, slow), key=lambda found: found[1])
+            if self.best[1] == 0:
+                if slow and iteration - self.too_slow[0] >= ROUTER2_PATIENCE:
+                    raise _TargetMissed(f"{self.what}: {slow} nets of seed {self.seed} stay slower than the target.")
+            elif iteration - self.best[0] >= ROUTER2_PATIENCE * (10 if self.best[1] <= ROUTER2_LAST else 1):
+                raise DoesNotRoute(self.what, self.seed, self.best[1], iteration)
         for line in reversed(new.splitlines()):
             if match := re.match(r"Info:\s+at (?:initial placer )?iter(?:ation)? #?(\d+)", line):
                 self.say(f"placing, iteration {match[1]}")
@@ -423,7 +444,7 @@ def _route(
     run = functools.partial(_tool, folder=folder, watch=watcher, stop=stop)
     try:
         if in_two_steps:
-            usage = _place_then_route(run, device, options, folder, seed, frequency_mhz)
+            usage = _place_then_route(run, device, options, folder, seed, frequency_mhz, watcher.again)
         else:
             command = [device.nextpnr, *options, "--json", "top.json", "--report", f"report{seed}.json"]
             usage = run(command, log=f"nextpnr{seed}.log")
@@ -445,10 +466,27 @@ def _route(
 
 
 def _place_then_route(
-    run: Callable[..., _Usage], device: FpgaDevice, options: list[str], folder: Path, seed: int, frequency_mhz: float
+    run: Callable[..., _Usage],
+    device: FpgaDevice,
+    options: list[str],
+    folder: Path,
+    seed: int,
+    frequency_mhz: float,
+    again: Callable[[], None] = lambda: None,
 ) -> _Usage:
     """nextpnr twice: the second run routes what the first one has placed, towards what the placement promises in MHz,
-    or ``frequency_mhz`` where that is less. Raises :class:`ToolFailed` where it promises nothing."""
+    or ``frequency_mhz`` where that is less.
+
+    Where the router ends all conflicts, but never meets this target, it runs once more with a lower one. Where it does
+    not end them, it runs once more without ``--tmg-ripup``, which takes more wires. ``again`` is called before each.
+
+    Raises
+    ------
+    ToolFailed
+        The placement promises nothing.
+    DoesNotRoute
+        Not without ``--tmg-ripup`` either.
+    """
     placed, log = f"placed{seed}.json", f"nextpnr{seed}.place.log"
     usage = run([device.nextpnr, *options, "--json", "top.json", "--no-route", "--write", placed], log=log)
     # The report of a design that is not routed has no clocks.
@@ -457,17 +495,28 @@ def _place_then_route(
         raise ToolFailed(
             f"{device.nextpnr} says of no clock how fast it will be.", hint=f"See {log} (--work keeps it)."
         )
-    target = min(REPAIR_SHARE * min(promised), frequency_mhz)
-    design = json.loads((folder / placed).read_text())
-    # A design that is read brings its settings with it, and they win over the command's.
-    (settings,) = (m["settings"] for m in design["modules"].values() if "settings" in m)
-    settings["target_freq"] = f"{target * 1e6:f}"
-    write_atomically(folder / placed, json.dumps(design).encode())
     kept = list(device.options)
     del kept[kept.index("--lpf") : kept.index("--lpf") + 2]  # pins are in the design
-    command = [device.nextpnr, *kept, "--freq", f"{target:f}", "--timing-allow-fail", "--seed", str(seed)]
-    command += ["--json", placed, "--no-pack", "--no-place", "--router", "router2", "--tmg-ripup"]
-    return usage + run([*command, "--report", f"report{seed}.json"], log=f"nextpnr{seed}.log")
+    command = [device.nextpnr, *kept, "--timing-allow-fail", "--seed", str(seed), "--json", placed]
+    command += ["--no-pack", "--no-place", "--router", "router2", "--report", f"report{seed}.json"]
+    target, repair = min(REPAIR_SHARE * min(promised), frequency_mhz), ["--tmg-ripup"]
+    while True:
+        design = json.loads((folder / placed).read_text())
+        # A design that is read brings its settings with it, and they win over the command's.
+        (settings,) = (m["settings"] for m in design["modules"].values() if "settings" in m)
+        settings["target_freq"] = f"{target * 1e6:f}"
+        write_atomically(folder / placed, json.dumps(design).encode())
+        again()
+        began = time.monotonic()
+        try:
+            return usage + run([*command, "--freq", f"{target:f}", *repair], log=f"nextpnr{seed}.log")
+        except _TargetMissed:
+            target *= TARGET_STEP
+        except DoesNotRoute:
+            if not repair:
+                raise
+            repair = []
+        usage += _Usage(seconds=time.monotonic() - began)
 
 
 def synthesize(
