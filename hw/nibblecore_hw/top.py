@@ -103,15 +103,22 @@ class Accelerator(wiring.Component):
             if arch.sequential
             else Control(arch=arch, axi_id=FETCH_ID, technology=self.technology)
         )
+        mac = SequentialMac(arch) if arch.sequential else MacEngine(arch, technology=self.technology)
         # A register for each unit, as a reset reaches hundreds of flip-flops; Yosys does not make one of registers that
         # differ in what they are themselves reset to.
-        mac_reset, post_reset, dma_reset = Signal(reset_less=True), Signal(), Signal(init=1)
+        mac_reset, post_reset, dma_reset = Signal(init=1), Signal(), Signal(init=1)
         for reset in (mac_reset, post_reset, dma_reset):
-            if arch.sequential:
+            if isinstance(mac, SequentialMac):
                 m.d.comb += reset.eq(control.core_reset)
+            elif reset is mac_reset:
+                # It takes no command until its pipelines have run empty.
+                left = Signal(range(mac.reset_cycles), init=mac.reset_cycles - 1)
+                with m.If(control.core_reset):
+                    m.d.sync += [left.eq(left.init), reset.eq(1)]
+                with m.Else():
+                    m.d.sync += [left.eq(left - reset), reset.eq(reset & left.any())]
             else:
                 m.d.sync += reset.eq(control.core_reset)
-        mac = SequentialMac(arch) if arch.sequential else MacEngine(arch, technology=self.technology)
         post = SequentialPost(arch) if arch.sequential else PostUnit(arch, technology=self.technology)
         m.submodules.mac = ResetInserter(mac_reset)(mac)
         m.submodules.post = ResetInserter(post_reset)(post)

@@ -160,15 +160,11 @@ class Accumulators(wiring.Component):
         groups = arch.columns // arch.post_lanes
 
         # delayed[i] is the control of i cycles ago. One line serves all groups, each of which taps it where its sums
-        # arrive. Only what says that something is to be done needs a reset.
+        # arrive. Without a reset: what is in here when one begins comes to nothing before it ends.
         delayed: list[data.View] = [self.control]
         for i in range(1, self.done_latency + 1):
-            flags = Signal(2, name=f"flags{i}")
-            rest = Signal(control_layout(arch), name=f"control{i}", reset_less=True)
-            last = delayed[-1]
-            m.d.sync += [flags.eq(Cat(last.valid, last.end)), rest.eq(last)]
-            stage = Signal(control_layout(arch), name=f"delayed{i}")
-            m.d.comb += [stage.eq(rest), stage.valid.eq(flags[0]), stage.end.eq(flags[1])]
+            stage = Signal(control_layout(arch), name=f"delayed{i}", reset_less=True)
+            m.d.sync += stage.eq(delayed[-1])
             delayed.append(stage)
         m.d.comb += self.done_stb.eq(delayed[self.done_latency].valid & delayed[self.done_latency].end)
 

@@ -134,7 +134,7 @@ class SystolicArray(wiring.Component):
         m = Module()
         arch = self._arch
         word = word_layout(arch)
-        swap, load, column = Signal(), self.load_stb, self.column
+        swap, load, column = Signal(reset_less=True), self.load_stb, self.column
         activations, weights = Signal(word, reset_less=True), Signal(word, name="weights0")
         # Bits that elements store inverted are inverted here, once for all columns.
         activation_polarity = self._elements[0].ACTIVATION_POLARITY if self._elements else 0
@@ -152,7 +152,7 @@ class SystolicArray(wiring.Component):
                 hop_activations = Signal(word, name=f"activations{group}", reset_less=True)
                 hop_weights = Signal(word, name=f"weights{group}", reset_less=True)
                 hop_column = Signal.like(self.column, name=f"column{group}", reset_less=True)
-                hop_swap, hop_load = Signal(name=f"swap{group}"), Signal(name=f"load{group}")
+                hop_swap, hop_load = (Signal(name=f"{n}{group}", reset_less=True) for n in ("swap", "load"))
                 m.d.sync += [
                     hop_activations.eq(activations),
                     hop_swap.eq(swap),
@@ -200,7 +200,7 @@ class SystolicArray(wiring.Component):
         arch, fill = self._arch, self._fill
         m.submodules.fill = fill
         coded = Signal(arch.word_bits, name="coded0", reset_less=True)
-        bank, swap = Signal(name="bank0", reset_less=True), Signal(name="table_swap0")
+        bank, swap = (Signal(name=f"{n}0", reset_less=True) for n in ("bank", "table_swap"))
         m.d.sync += [
             coded.eq(code_activations(self.activations, banks=self._timing.table_banks)),
             bank.eq(bank ^ self.swap_stb),
@@ -224,8 +224,7 @@ class SystolicArray(wiring.Component):
                 hop_coded = Signal.like(coded, name=f"coded{group}", reset_less=True)
                 hop_write = data.View(write.shape(), Signal(write.shape().size, name=f"write{group}", reset_less=True))
                 hop_bank = Signal(name=f"bank{group}", reset_less=True)
-                hop_swap = Signal(name=f"table_swap{group}")
-                # Not reset: what is on its way comes to nothing, as every tile is filled anew.
+                hop_swap = Signal(name=f"table_swap{group}", reset_less=True)
                 hop_stb, hop_base_stb = (
                     Signal.like(write_stb, name=f"{n}{group}", reset_less=True) for n in ("write_stb", "base_stb")
                 )

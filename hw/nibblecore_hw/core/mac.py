@@ -4,7 +4,7 @@
 from collections.abc import MutableSequence, Sequence
 from typing import Any
 
-from amaranth import Cat, Module, Mux, Signal, Value
+from amaranth import Module, Mux, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2
@@ -50,8 +50,9 @@ class MacEngine(wiring.Component):
     for them. Pixels outside the window need no grant. Both ports' addresses are those of the instruction modulo the
     depth of the buffer.
 
-    A reset abandons all instructions, and leaves accumulators and weights as they are; the first pass of an instruction
-    loads its tile anew.
+    A reset abandons all instructions, and leaves weights as they are; the first pass of an instruction loads its tile
+    anew. It must last for :attr:`reset_cycles`: what is on its way through the array, over half the chip, has no reset
+    of its own and is still added to the accumulators.
 
     Parameters
     ----------
@@ -135,6 +136,11 @@ class MacEngine(wiring.Component):
     def drain_cycles(self) -> int:
         """Cycles from the last pixel of an instruction to its ``done_stb``."""
         return LAST_READ_LATENCY + self._accumulators.done_latency
+
+    @property
+    def reset_cycles(self) -> int:
+        """Cycles for which a reset must last."""
+        return self.drain_cycles + 2 * element_timing(self._arch).load_cycles
 
     def pass_cycles(self, *, pixels: int) -> int:
         """Cycles of a pass over a tile of so many pixels."""
@@ -349,15 +355,8 @@ class MacEngine(wiring.Component):
             order.column.eq(column),
         ]
         for i in range(LAST_READ_LATENCY):
-            # Only what says that something is to be done needs a reset.
-            flags = Signal(4, name=f"strobes{i}")
-            rest = Signal(orders, name=f"order{i}", reset_less=True)
-            later = Signal(orders, name=f"delayed{i}")
-            m.d.sync += [flags.eq(Cat(order.control.valid, order.control.end, order.swap, order.load)), rest.eq(order)]
-            m.d.comb += [
-                later.eq(rest),
-                Cat(later.control.valid, later.control.end, later.swap, later.load).eq(flags),
-            ]
+            later = Signal(orders, name=f"order{i}", reset_less=True)
+            m.d.sync += later.eq(order)
             order = later
         word = word_layout(arch)
         m.d.comb += [

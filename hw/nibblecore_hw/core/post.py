@@ -574,40 +574,41 @@ class PostUnit(wiring.Component):
 
         # --- accumulators are read --------------------------------------------------------------------------------
 
-        tokens = Signal(range(self.READ_AHEAD + 1))
+        # What is compared here stands beside in registers, as `go` reaches all of this.
+        tokens, has_token = Signal(range(self.READ_AHEAD + 1)), Signal()
         pixel = Signal(ceil_log2(arch.acc_depth), reset_less=True)
-        brick = Signal(range(arch.bricks_per_tile))
-        step_in_brick = Signal(range(steps))
+        brick, brick_begins = Signal(range(arch.bricks_per_tile)), Signal(init=1)
+        step_in_brick, is_last_step = Signal(range(steps)), Signal(init=steps == 1)
         # Cycles of one step: each word of RAW32 is a read of its own, and two words need two cycles, as an addition.
         sub, last_sub = Signal(range(max(2, raw_words))), Signal(range(max(2, raw_words)), reset_less=True)
+        sub_next, sub_any, sub_ends = Signal.like(sub), Signal(), Signal()
         m.d.sync += last_sub.eq(Mux(raw, raw_words - 1, add | (wide if steps == 1 else 0)))
-        phase = Signal()
-        m.d.sync += phase.eq(~phase | opening)
-        brick_begins, go, enters, ends_step, ends_brick = (
-            Signal(name=n) for n in ("brick_begins", "go", "enters", "ends_step", "ends_brick")
-        )
-        new_token = passed & ~is_pool & step.last.plane
+        phase, in_phase = Signal(), Signal()
+        m.d.sync += [phase.eq(~phase | opening), in_phase.eq(~phase | opening | ~add)]
+        go, enters, ends_step, ends_brick = (Signal(name=n) for n in ("go", "enters", "ends_step", "ends_brick"))
+        new_token, new_token_r = passed & ~is_pool & step.last.plane, Signal()
         m.d.comb += [
-            brick_begins.eq((step_in_brick == 0) & (sub == 0)),
-            go.eq(
-                store.loaded
-                & ((tokens != 0) | ~brick_begins)
-                & (room | ~(brick_begins | raw))
-                & (phase | ~add | sub.any())
-            ),
-            enters.eq(go & (raw | (sub == 0))),
-            ends_step.eq(go & (sub == last_sub)),
-            ends_brick.eq(ends_step & (step_in_brick == steps - 1)),
+            go.eq(store.loaded & (in_phase | sub_any) & (has_token | ~brick_begins) & (room | ~(brick_begins | raw))),
+            enters.eq(go & (raw | ~sub_any)),
+            ends_step.eq(go & sub_ends),
+            ends_brick.eq(ends_step & is_last_step),
             self.acc_read.bank.eq(acc_bank),
             self.acc_read.addr.eq(pixel),
             self.acc_read.group.eq(Cat(step_in_brick, brick)),
             self.acc_read.en.eq(enters),
+            sub_next.eq(Mux(sub_ends, 0, sub + 1)),
         ]
-        m.d.sync += tokens.eq(tokens + new_token - (go & brick_begins))
+        takes_token = go & brick_begins
+        m.d.sync += [
+            new_token_r.eq(new_token),
+            tokens.eq(tokens + new_token_r - takes_token),
+            has_token.eq(new_token_r | Mux(takes_token, tokens[1:].any(), has_token)),
+            sub_ends.eq(Mux(go, sub_next, sub) == last_sub),
+        ]
         with m.If(go):
-            m.d.sync += sub.eq(Mux(ends_step, 0, sub + 1))
+            m.d.sync += [sub.eq(sub_next), sub_any.eq(~sub_ends), brick_begins.eq(ends_brick)]
         with m.If(ends_step):
-            m.d.sync += step_in_brick.eq(step_in_brick + 1)
+            m.d.sync += [step_in_brick.eq(step_in_brick + 1), is_last_step.eq(step_in_brick == (steps - 2) % steps)]
         with m.If(ends_brick):
             m.d.sync += brick.eq(brick + 1)
             with m.If(brick == last_brick):
@@ -618,7 +619,7 @@ class PostUnit(wiring.Component):
             m.d.comb += reserve.eq(passed & step.last.kx & step.last.ky)
         with m.Elif(raw):
             m.d.comb += reserve.eq(go)
-        with m.Elif(go & brick_begins):
+        with m.Elif(takes_token):
             m.d.comb += reserve.eq(Mux(wide, 2, 1))
 
         # Steps with their accumulators on the way.
@@ -656,9 +657,11 @@ class PostUnit(wiring.Component):
         # the address moves on three before the last step.
         step_read, operand_used = counted(valid[self._CODE - 3], "step_read")
         operand_step = delayed(m, step_read, 2, "operand_step") if steps > 1 else Const(0, 1)
-        using_up, used_up = Signal(), Signal()
-        m.d.comb += using_up.eq(operand_used | (raw & ends_brick))
-        m.d.sync += [operand_tail.eq(operand_tail + using_up), used_up.eq(using_up)]
+        using_up, used_up, raw_used = Signal(), Signal(), Signal()
+        m.d.comb += using_up.eq(operand_used | raw_used)
+        m.d.sync += [
+            raw_used.eq(raw & ends_brick), operand_tail.eq(operand_tail + using_up), used_up.eq(using_up)
+        ]  # fmt: skip
         # Second passes begin in one phase, and accumulators enter in the other one.
         assert RequantLane.AGAIN_LATENCY % 2 == 1
         again = Signal()
@@ -814,7 +817,7 @@ class PostUnit(wiring.Component):
             return start + pixels * bricks * RAW_WORDS * columns // arch.lanes - 1 + cls._SUM + 3
         add, words_out = i["add"], 1 + (i["mode"] == OutputMode.INT8)
         step = max(1 + add, words_out if steps == 1 else 1)
-        first = max(start, 6 + (add and i["add_wide"]))
+        first = max(start, 7 + (add and i["add_wide"]))
         first += add * (first % 2)
         last = first + (pixels * bricks * steps - 1) * step
         return last + (cls._SECOND if add else cls._CODE) + 3 + words_out

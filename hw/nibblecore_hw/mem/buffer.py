@@ -69,9 +69,10 @@ class BankedBuffer(wiring.Component):
     registers before the memory, as its address is not chosen and brought there in one cycle; its own; the one at its
     output (:class:`~nibblecore_hw.mem.block.BlockMemory`); and one behind the choice of a bank.
 
-    A read granted at a later edge than a write sees it. A word of a ``dual`` bank must not be read at the edge at which
-    it is written, that is, be granted to the last reader in the same cycle, or to another one in the cycle before: what
-    is read then is undefined, so that no bypass has to be built around block RAM. Whoever schedules the clients
+    A read granted at a later edge than a write sees it; in a ``dual`` buffer the last reader's only two edges later, as
+    a write passes one register more. A word of a ``dual`` bank must not be read at the edge at which it is written,
+    that is, be granted to the last reader in the cycle after the write's grant, or to another one in the same cycle:
+    what is read then is undefined, so that no bypass has to be built around block RAM. Whoever schedules the clients
     guarantees it; ``checks`` asserts it.
 
     A ``dual`` bank becomes DP16KD alone on an ECP5. A ``single`` bank becomes SB_SPRAM256KA alone on an iCE40 when
@@ -205,13 +206,14 @@ class BankedBuffer(wiring.Component):
 
         # The bank's register, the memory's two, and the one behind the choice of a bank.
         assert LAST_READ_LATENCY == 4
-        build = self._dual_bank if is_dual else self._single_bank
-        write_row, write_data = Signal(row_bits, reset_less=True), Signal(self.word_bits, reset_less=True)
         if is_dual:
+            chosen_row, chosen_data = Signal(row_bits, reset_less=True), Signal(self.word_bits, reset_less=True)
+            write_data = Signal(self.word_bits, reset_less=True)
             valid = [w.valid for w in writes]
             m.d.sync += [
-                write_row.eq(choose([w.addr[:row_bits] for w in writes], valid)),
-                write_data.eq(choose([w.data for w in writes], valid)),
+                chosen_row.eq(choose([w.addr[:row_bits] for w in writes], valid)),
+                chosen_data.eq(choose([w.data for w in writes], valid)),
+                write_data.eq(chosen_data),
             ]
         bank_words = []
         for b in range(self.banks):
@@ -224,13 +226,22 @@ class BankedBuffer(wiring.Component):
                 read_row.eq(choose([addr[:row_bits] for addr in addresses], [take[b] for take in takes])),
                 read_en.eq(_any([take[b] for take in takes])),
             ]
-            if not is_dual:
-                write_data = Signal(self.word_bits, name=f"b{b}_data", reset_less=True)
-                m.d.sync += write_data.eq(choose([w.data for w in writes], wanted_w))
+            if is_dual:
+                # A second register, for the way to the bank: the memories of large buffers are all over the chip. What
+                # enables it is the bank's own, which keeps Yosys from making one register of those of all banks.
+                write_row = Signal(row_bits, name=f"b{b}_write_row", reset_less=True)
+                write_mask = Signal(self.parts, name=f"b{b}_write_mask", reset_less=True)
+                m.d.sync += write_mask.eq(mask)
+                with m.If(mask.any()):
+                    m.d.sync += write_row.eq(chosen_row)
+                word = self._dual_bank(m, b, write_row, write_data, write_mask, read_row, read_en)
+            else:
+                data = Signal(self.word_bits, name=f"b{b}_data", reset_less=True)
+                m.d.sync += data.eq(choose([w.data for w in writes], wanted_w))
                 with m.If(_any(wanted_w)):
                     m.d.sync += read_row.eq(choose([w.addr[:row_bits] for w in writes], wanted_w))
-                write_row = read_row
-            bank_words.append(build(m, b, write_row, write_data, mask, read_row, read_en))
+                word = self._single_bank(m, b, read_row, data, mask, read_en)
+            bank_words.append(word)
 
         words: list[Value] = []
         for i, addr in enumerate(addresses):
@@ -273,17 +284,16 @@ class BankedBuffer(wiring.Component):
         return Cat(result)
 
     def _single_bank(
-        self, m: Module, b: int, write_row: Signal, write_data: Signal, write_mask: Signal, read_row: Signal,
-        read_en: Signal,
-    ) -> Value:  # fmt: skip
+        self, m: Module, b: int, row: Signal, write_data: Signal, write_mask: Signal, read_en: Signal
+    ) -> Value:
         """One memory with one address; a write of any part keeps the read port still."""
         memory = Memory(shape=self.word_bits, depth=self.depth // self.banks, init=[], attrs={"ram_style": "huge"})
         m.submodules[f"bank{b}"] = memory
         write = memory.write_port(granularity=self.word_bits // self.parts)
         read = memory.read_port(domain="sync")
         m.d.comb += [
-            write.addr.eq(write_row), write.data.eq(write_data), write.en.eq(write_mask),
-            read.addr.eq(read_row), read.en.eq(read_en & ~write_mask.any()),
+            write.addr.eq(row), write.data.eq(write_data), write.en.eq(write_mask),
+            read.addr.eq(row), read.en.eq(read_en & ~write_mask.any()),
         ]  # fmt: skip
         word = Signal(self.word_bits, name=f"b{b}_word", reset_less=True)
         m.d.sync += word.eq(read.data)

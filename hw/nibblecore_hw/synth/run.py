@@ -434,9 +434,10 @@ def _route(
         known: dict[str, Any] = json.loads(kept.read_text())
         if over := known.get("over"):
             raise DoesNotFit(what, device, over)
-        if stuck := known.get("stuck"):
+        if stuck := known.get("unroutable"):
             raise DoesNotRoute(what, seed, **stuck)
-        return known, True
+        if "fmax" in known:  # not where an older version has given up
+            return known, True
     if not (folder / "top.json").exists():
         (folder / "top.json").write_bytes(gzip.decompress(netlist.packed.read_bytes()))
     (folder / device.pins_file).write_text(device.constraints())
@@ -452,7 +453,7 @@ def _route(
         write_atomically(kept, json.dumps({"over": error.over}).encode())
         raise
     except DoesNotRoute as error:
-        write_atomically(kept, json.dumps({"stuck": error.facts}).encode())
+        write_atomically(kept, json.dumps({"unroutable": error.facts}).encode())
         raise
     result = json.loads((folder / f"report{seed}.json").read_text())
     content = {

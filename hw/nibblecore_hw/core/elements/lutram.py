@@ -227,11 +227,11 @@ class TableFill(wiring.Component):
 
         received = data.StructLayout({"start": TABLE_BITS, "odd": 1, "weights": data.ArrayLayout(unsigned(4), GROUP)})
         word = register("word", data.ArrayLayout(received, groups))
-        word_valid = Signal()
+        word_valid = Signal(reset_less=True)
         column = Signal.like(self.column, reset_less=True)
         block = Signal(ceil_log2(self._blocks), reset_less=True) if self._blocks > 1 else Const(0)
         # word_valid & (column == n), as registers: they reach thousands of others.
-        is_column = Signal(columns)
+        is_column = Signal(columns, reset_less=True)
         m.d.sync += [
             word_valid.eq(self.load_stb),
             column.eq(self.column),
@@ -269,8 +269,9 @@ class TableFill(wiring.Component):
                 m.d.sync += waiting.eq(taken)
             with m.If(begins):
                 m.d.sync += work[n].eq(waiting)
-        running = Signal()
-        index = Signal(ceil_log2(entries))
+        # Without a reset, as all here: it comes to its end, which a reset waits for.
+        running = Signal(reset_less=True)
+        index = Signal(ceil_log2(entries), reset_less=True)
         work_block = Signal.like(block, name="work_block", reset_less=True)
         index_next = Signal.like(index)
         m.d.comb += index_next.eq(Mux(begins, 0, index + 1))
@@ -318,13 +319,15 @@ class TableFill(wiring.Component):
                     difference.eq((minuend - (subtrahend & gate.replicate(TABLE_BITS)))[:TABLE_BITS])
                     for minuend, subtrahend, gate, difference in differences
                 ]
-            stb_later = Signal(name=f"stb{lane}")
+            stb_later = Signal(name=f"stb{lane}", reset_less=True)
             place_later = Signal(index.shape(), name=f"place{lane}", reset_less=True)
             block_later = Signal.like(block, name=f"block{lane}", reset_less=True)
             m.d.sync += [stb_later.eq(stb), place_later.eq(place), block_later.eq(stage_block)]
             if not lane:
                 # Of the last stage, all is known a cycle ahead.
-                strobes, base_strobes = Signal(self._blocks, name="strobes"), Signal(self._blocks, name="base_strobes")
+                strobes, base_strobes = (
+                    Signal(self._blocks, name=n, reset_less=True) for n in ("strobes", "base_strobes")
+                )
                 own = [stb & (stage_block == n) for n in range(self._blocks)]
                 m.d.sync += [
                     strobes.eq(Cat(own)),
@@ -348,7 +351,7 @@ class TableFill(wiring.Component):
                 other = sums[2 * n + 1] if len(sums) > 1 else Const(0, 1)
                 m.d.sync += pair.eq((Cat(even[n], sums[2 * n]) + Cat(even[n], other))[1:])
                 pairs.append(pair)
-            valid_later = Signal(name=f"base_valid{level}")
+            valid_later = Signal(name=f"base_valid{level}", reset_less=True)
             column_later = Signal.like(column, name=f"base_column{level}", reset_less=True)
             even_later = Signal(max(1, len(even) - count), name=f"base_even{level}", reset_less=True)
             m.d.sync += [valid_later.eq(base_valid), column_later.eq(base_column), even_later.eq(even[count:])]
@@ -356,7 +359,7 @@ class TableFill(wiring.Component):
             level += 1
         base = sums[0] + even[0] if groups > 1 else sums[0]
         bases = [Signal(width, name=f"base_of{n}", reset_less=True) for n in range(columns)]
-        bases_complete = Signal()
+        bases_complete = Signal(reset_less=True)
         m.d.sync += bases_complete.eq(base_valid & (base_column == columns - 1))
         for n in range(columns):
             with m.If(base_valid & (base_column == n)):
