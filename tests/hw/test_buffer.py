@@ -24,10 +24,14 @@ def run(dut: BankedBuffer, bench: Any) -> None:
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(
-    ("kind", "banks", "parts"), [("dual", 1, 1), ("dual", 4, 1), ("dual", 2, 4), ("single", 1, 2), ("single", 4, 4)]
-)
-def test_random_accesses(kind: str, banks: int, parts: int, seed: int) -> None:
-    arguments = GOOD | {"kind": kind, "banks": banks, "parts": parts, "checks": True}
+    ("kind", "banks", "parts", "word_bits"),
+    [
+        ("dual", 1, 1, 16), ("dual", 4, 1, 16), ("dual", 2, 4, 16), ("dual", 2, 1, 128), ("dual", 1, 2, 256),
+        ("single", 1, 2, 16), ("single", 4, 4, 16),
+    ],
+)  # fmt: skip
+def test_random_accesses(kind: str, banks: int, parts: int, word_bits: int, seed: int) -> None:
+    arguments = GOOD | {"kind": kind, "banks": banks, "parts": parts, "word_bits": word_bits, "checks": True}
     dut = BankedBuffer(**arguments)
     rng = random.Random(seed)
     memory = [0] * dut.depth
@@ -42,14 +46,21 @@ def test_random_accesses(kind: str, banks: int, parts: int, seed: int) -> None:
     async def bench(ctx: Any) -> None:
         nonlocal grants, taken_banks, just_written
         for cycle in range(600):
-            note = f"{kind=} {banks=} {parts=} {seed=} {cycle=}"
+            note = f"{kind=} {banks=} {parts=} {word_bits=} {seed=} {cycle=}"
             for when, reader, word in list(expected):
                 if when == cycle:
                     assert ctx.get(dut.reads[reader].data) == word, f"reader {reader}: {note}"
                     expected.remove((when, reader, word))
             # Ports crowd into few addresses, so that banks and words collide often.
-            writes = [(rng.random() < 0.5, rng.randrange(dut.depth) & 0x33, rng.getrandbits(16), rng.getrandbits(parts))
-                      for _ in dut.writes]  # fmt: skip
+            writes = [
+                (
+                    rng.random() < 0.5,
+                    rng.randrange(dut.depth) & 0x33,
+                    rng.getrandbits(word_bits),
+                    rng.getrandbits(parts),
+                )
+                for _ in dut.writes
+            ]
             reads = [(rng.random() < 0.5, rng.randrange(dut.depth) & 0x33) for _ in dut.reads]
             if kind == "dual":
                 won_w = [not any(v for v, *_ in writes[:j]) for j in range(len(writes))]

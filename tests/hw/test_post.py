@@ -269,7 +269,7 @@ def test_records_leave_every_second_cycle_to_who_waits_for_the_port() -> None:
                 if ctx.get(dut.params.valid):
                     asked.append(cycle)
                 if ctx.get(dut.loaded):
-                    assert cycle == asked[-1] + READ_LATENCY + 1
+                    assert cycle == asked[-1] + READ_LATENCY + 2
                     break
                 await ctx.tick()
 

@@ -15,6 +15,7 @@ from nibblecore.arch.numerics import wrap
 
 from ..layouts import ACC_READ_LATENCY, acc_read_port
 from ..mem.block import BlockMemory
+from ..registers import copies
 from ..technology import check_technology
 from .elements.ecp5 import add_kept
 
@@ -184,14 +185,17 @@ class Accumulators(wiring.Component):
             memories = [
                 BlockMemory(width=word.size, depth=2 * arch.acc_depth, technology=self._technology) for _ in range(2)
             ]
-            for name, memory, addr in (
-                ("added", memories[0], Cat(begin.addr, begin.bank)),
-                ("drained", memories[1], Cat(self.read.addr, self.read.bank)),
+            # A register for each of the two, as they are all over the chip.
+            before_end = delayed[arrival + 1]
+            write_addrs = copies(m, Cat(before_end.addr, before_end.bank), 2, name=f"write_addr{group}")
+            for name, memory, addr, write_addr in (
+                ("added", memories[0], Cat(begin.addr, begin.bank), write_addrs[0]),
+                ("drained", memories[1], Cat(self.read.addr, self.read.bank), write_addrs[1]),
             ):
                 m.submodules[f"group{group}_{name}"] = memory
                 m.d.comb += [
                     memory.read_addr.eq(addr),
-                    memory.write_addr.eq(Cat(end.addr, end.bank)),
+                    memory.write_addr.eq(write_addr),
                     memory.write_data.eq(totals),
                     memory.write_en.eq(end.valid),
                 ]

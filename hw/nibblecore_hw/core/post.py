@@ -25,6 +25,7 @@ from ..layouts import (
     write_port,
 )
 from ..mem.block import BlockMemory
+from ..registers import copies
 from ..technology import check_technology
 from .loopnest import Loop, LoopNest, assign_job, loops_of
 from .requantize import CODE_BITS, DIFFERENCE_BITS, RequantLane, delayed
@@ -41,7 +42,7 @@ Write = tuple[int, int, int]
 class RecordStore(wiring.Component):
     """Loads the requantization records of a column tile from the weight buffer, and gives them out group by group.
 
-    Loading takes ``param_words + READ_LATENCY + 1`` cycles from ``start`` to ``loaded``, plus the cycles in which the
+    Loading takes ``param_words + READ_LATENCY + 2`` cycles from ``start`` to ``loaded``, plus the cycles in which the
     buffer does not grant. A word that somebody else waits for (``wanted``) is followed by a cycle without a request, so
     that both are served in turn; this at most doubles the cycles. ``records`` belongs to ``group`` and ``again`` of
     :attr:`LATENCY` cycles before. Records stay until the next ``start``.
@@ -131,7 +132,7 @@ class RecordStore(wiring.Component):
         with m.Elif(pausing):
             m.d.sync += [requesting.eq(1), pausing.eq(0)]
         arrives = granted
-        for i in range(READ_LATENCY):
+        for i in range(READ_LATENCY + 1):
             stage = Signal(name=f"arrives_{i + 1}")
             m.d.sync += stage.eq(arrives)
             arrives = stage
@@ -152,7 +153,7 @@ class RecordStore(wiring.Component):
         with m.If(beginning):
             m.d.sync += [requesting.eq(1), left.eq(words - 1), addr.eq(self.addr), count.eq(0), self.loaded.eq(0)]
 
-        word: Value = self.params.data
+        word: Value = delayed(m, self.params.data, 1, "word")  # the weight buffer is far away
         if word_bits < PARAM_BITS:
             earlier = Signal(PARAM_BITS - word_bits, reset_less=True)
             word = Cat(earlier, word)
@@ -263,7 +264,7 @@ class PostUnit(wiring.Component):
 
     A POOL takes one cycle per word of every tap, inside the map or not. Before that and after it, counted from the
     first cycle with ``command.valid`` (when the unit is idle) to the one with ``done_stb``, a POST takes
-    ``param_words + 25`` cycles (with ``add``: 33, INT8 with more than one step: one more, RAW32: ``param_words + 16``),
+    ``param_words + 26`` cycles (with ``add``: 34, INT8 with more than one step: one more, RAW32: ``param_words + 17``),
     a POOL 14; :meth:`cycles` has the sum.
     The next command may be there with ``done_stb`` and then starts in that cycle. ``command.ready`` comes in the fourth
     cycle of ``command.valid``: the transfer is not what starts the address generators, but what lets go of the payload.
@@ -520,7 +521,8 @@ class PostUnit(wiring.Component):
         places = Signal(range(depth + 1), init=depth)
         reserve, reserve_r = Signal(2), Signal(2)
         room = Signal()
-        # All registers: two cycles may reserve 2 before `room` knows, and the one that it lets through 2 more.
+        # All registers: two cycles may reserve 2 before `room` knows, and the one that it lets through 2 more; or three
+        # cycles 1, and the one that it lets through 1 more.
         m.d.sync += [
             reserve_r.eq(reserve),
             places.eq(places - reserve_r + fifo.freed_stb),
@@ -555,22 +557,26 @@ class PostUnit(wiring.Component):
         # High and low words have a memory each, as a step needs both; 4-bit codes are low words. Block RAM, as LUT RAM
         # would take 6 LUTs per 4 bits, with a register of its own behind it.
         operand_head, operand_tail = Signal(range(self.READ_AHEAD)), Signal(range(self.READ_AHEAD))
+        heads = copies(m, operand_head, 2, name="operand_head")
         operand_words = []
         is_operand = passed & ~is_pool
-        operand_high_arrives = arriving(is_operand & step.first.plane, "operand_high_arrives")
-        operand_low_arrives = arriving(is_operand & step.last.plane, "operand_low_arrives")
-        for name, arrives in (("operand_high", operand_high_arrives), ("operand_low", operand_low_arrives)):
+        high_arrives = arriving(is_operand & step.first.plane, "operand_high_arrives")
+        low_arrives = arriving(is_operand & step.last.plane, "operand_low_arrives")
+        # Words and all that belongs to them go through a register, as the buffer is far away.
+        word = delayed(m, self.act_read.data, 1, "word_read")
+        for name, now, head in (("operand_high", high_arrives, heads[0]), ("operand_low", low_arrives, heads[1])):
+            arrives = delayed(m, now, 1, f"{name}_word")
             m.submodules[name] = memory = BlockMemory(
                 width=word_bits, depth=self.READ_AHEAD, technology=self._technology
             )
             m.d.comb += [
-                memory.write_addr.eq(operand_head),
-                memory.write_data.eq(self.act_read.data),
+                memory.write_addr.eq(head),
+                memory.write_data.eq(word),
                 memory.write_en.eq(arrives),
                 memory.read_addr.eq(operand_tail),
             ]
             operand_words.append(memory.read_data)
-        m.d.sync += operand_head.eq(operand_head + operand_low_arrives)
+        m.d.sync += operand_head.eq(operand_head + low_arrives)
 
         # --- accumulators are read --------------------------------------------------------------------------------
 
@@ -615,8 +621,10 @@ class PostUnit(wiring.Component):
                 m.d.sync += [brick.eq(0), pixel.eq(pixel + 1)]
         with m.If(opening):
             m.d.sync += [pixel.eq(0), brick.eq(0)]
+        pool_reserves = Signal()
+        m.d.sync += pool_reserves.eq(passed & is_pool & step.last.kx & step.last.ky)
         with m.If(is_pool):
-            m.d.comb += reserve.eq(passed & step.last.kx & step.last.ky)
+            m.d.comb += reserve.eq(pool_reserves)
         with m.Elif(raw):
             m.d.comb += reserve.eq(go)
         with m.Elif(takes_token):
@@ -653,10 +661,9 @@ class PostUnit(wiring.Component):
             if len(self.acc_read.group)
             else 0
         )
-        # The memories' words come two cycles behind their address, and a register follows the choice of a step's part:
-        # the address moves on three before the last step.
-        step_read, operand_used = counted(valid[self._CODE - 3], "step_read")
-        operand_step = delayed(m, step_read, 2, "operand_step") if steps > 1 else Const(0, 1)
+        # The memories' words come two cycles behind their address. A register follows the choice of a step's part, and
+        # one what is made of it: the address moves on four before the last step.
+        step_read, operand_used = counted(valid[self._CODE - 4], "step_read")
         using_up, used_up, raw_used = Signal(), Signal(), Signal()
         m.d.comb += using_up.eq(operand_used | raw_used)
         m.d.sync += [
@@ -679,12 +686,16 @@ class PostUnit(wiring.Component):
                 )
             ),
         ]
+        step_bits = ceil_log2(steps)
+        operand_steps: list[Value] = [Const(0, 1)] * 2
+        if steps > 1:
+            operand_steps = copies(m, delayed(m, step_read[:step_bits], 1, "operand_step"), 2, name="operand_step")
         if partial:
             # Which group of the brick a step of this part is.
-            operand_step = Cat(operand_step[: ceil_log2(steps)], part)
+            operand_steps = [Cat(operand_step[:step_bits], part) for operand_step in operand_steps]
         operand_high, operand_low = (
-            delayed(m, word.word_select(operand_step, 4 * post_lanes), 1, f"operand_{name}")
-            for name, word in zip(("high", "low"), operand_words, strict=True)
+            delayed(m, operand.word_select(operand_step, 4 * post_lanes), 1, f"operand_{name}")
+            for name, operand, operand_step in zip(("high", "low"), operand_words, operand_steps, strict=True)
         )
 
         nibbles_high: list[Value] = []
@@ -697,7 +708,7 @@ class PostUnit(wiring.Component):
             # 16*high + low + 8, or low alone. Without an operand 0, and not what the memory happens to hold: times
             # k_b = 0 it is all the same, but not to a four-state simulator. It costs no LUT.
             code = Cat(b_low[:3], b_low[3] ^ add_wide, Mux(add_wide, b_high, b_low[3].replicate(4)))
-            joined = code & add.replicate(8)
+            joined = delayed(m, code & add.replicate(8), 1, f"joined_{i}")
             m.d.comb += [
                 requant.acc.eq(self.acc_read.data[i]),
                 requant.bias.eq(record.bias),
@@ -722,8 +733,6 @@ class PostUnit(wiring.Component):
 
         # One register per plane: POST shifts codes in, the parts of a brick alike; POOL keeps the largest code.
         is_tap = passed & is_pool
-        # A register for the words, as the buffer is far away and a comparison takes its time.
-        word = delayed(m, self.act_read.data, 1, "tap_word")
         tap_arrives = arriving(is_tap, "tap_arrives", later=1)
         tap_inside = arriving(step.inside, "tap_inside", later=1)
         tap_first = arriving(step.first.kx & step.first.ky, "tap_first", later=1)
@@ -812,7 +821,7 @@ class PostUnit(wiring.Component):
         bricks = 1 if arch.parts_per_brick > 1 else i["bricks"]
         columns = min(arch.lanes, arch.columns)
         steps = columns // arch.post_lanes
-        start = arch.param_words + READ_LATENCY + 3
+        start = arch.param_words + READ_LATENCY + 4
         if i["mode"] == OutputMode.RAW32:
             return start + pixels * bricks * RAW_WORDS * columns // arch.lanes - 1 + cls._SUM + 3
         add, words_out = i["add"], 1 + (i["mode"] == OutputMode.INT8)

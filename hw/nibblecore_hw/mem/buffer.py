@@ -3,7 +3,7 @@
 import functools
 import operator
 from collections.abc import Sequence
-from typing import get_args
+from typing import Final, get_args
 
 from amaranth import Assert, Cat, Const, Module, Mux, Signal, Value
 from amaranth.lib import wiring
@@ -14,10 +14,14 @@ from amaranth.utils import ceil_log2
 from nibblecore.arch.config import MemoryKind
 
 from ..layouts import LAST_READ_LATENCY, read_port, write_port
+from ..registers import copies
 from ..technology import check_technology
 from .block import BlockMemory
 
 __all__ = ["BankedBuffer"]
+
+_WIDE: Final = 128
+"""From so many bits on, the two halves of a bank have address registers of their own."""
 
 
 def choose_word(m: Module, words: Sequence[Value], index: Value, *, name: str) -> Value:
@@ -218,29 +222,30 @@ class BankedBuffer(wiring.Component):
         bank_words = []
         for b in range(self.banks):
             wanted_w = [wanted(w, b) & w.ready for w in writes]
-            mask, read_row = Signal(self.parts, name=f"b{b}_mask"), Signal(row_bits, name=f"b{b}_row", reset_less=True)
-            read_en = Signal(name=f"b{b}_read")
+            mask, read_en = Signal(self.parts, name=f"b{b}_mask"), Signal(name=f"b{b}_read")
+            read_row = choose([addr[:row_bits] for addr in addresses], [take[b] for take in takes])
             masks = [Mux(w_wanted, w.mask, 0) for w, w_wanted in zip(writes, wanted_w, strict=True)]
             m.d.sync += [
                 mask.eq(functools.reduce(operator.or_, masks)),
-                read_row.eq(choose([addr[:row_bits] for addr in addresses], [take[b] for take in takes])),
                 read_en.eq(_any([take[b] for take in takes])),
             ]
             if is_dual:
                 # A second register, for the way to the bank: the memories of large buffers are all over the chip. What
                 # enables it is the bank's own, which keeps Yosys from making one register of those of all banks.
-                write_row = Signal(row_bits, name=f"b{b}_write_row", reset_less=True)
                 write_mask = Signal(self.parts, name=f"b{b}_write_mask", reset_less=True)
                 m.d.sync += write_mask.eq(mask)
-                with m.If(mask.any()):
-                    m.d.sync += write_row.eq(chosen_row)
-                word = self._dual_bank(m, b, write_row, write_data, write_mask, read_row, read_en)
+                # So are those of one bank of wide words.
+                pieces = 2 if self.word_bits // self.parts >= _WIDE else 1
+                write_rows = copies(m, chosen_row, pieces, name=f"b{b}_write_row", enable=mask.any())
+                read_rows = copies(m, read_row, pieces, name=f"b{b}_row")
+                word = self._dual_bank(m, b, write_rows, write_data, write_mask, read_rows, read_en)
             else:
                 data = Signal(self.word_bits, name=f"b{b}_data", reset_less=True)
-                m.d.sync += data.eq(choose([w.data for w in writes], wanted_w))
+                row = Signal(row_bits, name=f"b{b}_row", reset_less=True)
+                m.d.sync += [data.eq(choose([w.data for w in writes], wanted_w)), row.eq(read_row)]
                 with m.If(_any(wanted_w)):
-                    m.d.sync += read_row.eq(choose([w.addr[:row_bits] for w in writes], wanted_w))
-                word = self._single_bank(m, b, read_row, data, mask, read_en)
+                    m.d.sync += row.eq(choose([w.addr[:row_bits] for w in writes], wanted_w))
+                word = self._single_bank(m, b, row, data, mask, read_en)
             bank_words.append(word)
 
         words: list[Value] = []
@@ -262,24 +267,27 @@ class BankedBuffer(wiring.Component):
         return m
 
     def _dual_bank(
-        self, m: Module, b: int, write_row: Signal, write_data: Signal, write_mask: Signal, read_row: Signal,
-        read_en: Signal,
+        self, m: Module, b: int, write_rows: Sequence[Value], write_data: Signal, write_mask: Signal,
+        read_rows: Sequence[Value], read_en: Signal,
     ) -> Value:  # fmt: skip
-        """One simple dual-port memory per part; returns the word behind the memory's output register."""
-        part_bits = self.word_bits // self.parts
+        """One simple dual-port memory per part, or as many as there are copies of the addresses; returns the word
+        behind the memory's output register."""
+        pieces = len(read_rows)
+        bits = self.word_bits // self.parts // pieces
         result = []
-        for p in range(self.parts):
-            memory = BlockMemory(width=part_bits, depth=self.depth // self.banks, technology=self._technology)
+        for p in range(self.parts * pieces):
+            memory = BlockMemory(width=bits, depth=self.depth // self.banks, technology=self._technology)
             m.submodules[f"bank{b}_part{p}"] = memory
             # Nobody waits for who asks: what is read for nobody goes nowhere.
             m.d.comb += [
-                memory.write_addr.eq(write_row), memory.write_data.eq(write_data.word_select(p, part_bits)),
-                memory.write_en.eq(write_mask[p]), memory.read_addr.eq(read_row),
+                memory.write_addr.eq(write_rows[p % pieces]), memory.write_data.eq(write_data.word_select(p, bits)),
+                memory.write_en.eq(write_mask[p // pieces]), memory.read_addr.eq(read_rows[p % pieces]),
             ]  # fmt: skip
             result.append(memory.read_data)
         if self.checks:
             m.d.sync += Assert(
-                ~(read_en & write_mask.any() & (read_row == write_row)), f"a word of bank {b} is read while written"
+                ~(read_en & write_mask.any() & (read_rows[0] == write_rows[0])),
+                f"a word of bank {b} is read while written",
             )
         return Cat(result)
 

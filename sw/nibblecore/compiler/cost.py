@@ -76,7 +76,7 @@ class CostParameters:
     mac_drain_dsp: int = 4
     mac_drain_levels: int = 3
     acc_hazard: int = 4
-    post_start: int = 8
+    post_start: int = 9
     post_end: int = 17
     post_end_add: int = 25
     post_end_raw: int = 8

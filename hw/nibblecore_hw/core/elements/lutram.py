@@ -45,6 +45,7 @@ from amaranth.utils import ceil_log2
 
 from nibblecore.arch.elements import TABLE_DEPTH, table_entries, table_load_cycles
 
+from ...registers import copies
 from ...technology import check_technology
 from .base import DotElement, check_int
 from .ecp5 import subtract_gated
@@ -86,21 +87,6 @@ def code_activations(activations: data.View, *, banks: int = 2) -> Value:
 
 _SUBTRACTERS_PER_GATE: Final = 16
 """How many table entries of 5 bits one register gates: more are too far from each other in a large array."""
-
-
-def copies(m: Module, value: Value, count: int, *, name: str) -> list[Value]:
-    """``value``, a bit, one cycle later, from each of ``count`` registers that synthesis leaves apart.
-
-    ``ValueError`` where ``count`` is not in 1..4. Yosys makes one of registers with the same input, whatever attributes
-    they have. These have different contents after power-up, or store the opposite.
-    """
-    check_int("count", count, 1, 4)
-    result: list[Value] = []
-    for n in range(count):
-        register = Signal(name=f"{name}_copy{n}", init=n & 1, reset_less=True)
-        m.d.sync += register.eq(~value if n & 2 else value)
-        result.append(~register if n & 2 else register)
-    return result
 
 
 def write_layout(*, lanes: int, columns: int, banks: int = 2) -> data.StructLayout:
