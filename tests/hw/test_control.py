@@ -396,7 +396,7 @@ def test_cycles_from_start_to_the_first_instruction_and_to_done() -> None:
     simulate(core.dut, bench, background=[core.bus, *map(core.engine, Engine), watch])
     running, offer, done, beat, irq = ([n for n, now in enumerate(seen) if now[k]] for k in range(5))
     assert beat[0] - running[0] == 3
-    assert offer[0] - beat[0] == 4 + 10  # four beats of 64 bits
+    assert offer[0] - beat[0] == 4 + 11  # four beats of 64 bits
     assert running[-1] - done[0] == 2
     assert irq[0] - running[-1] == 2
 

@@ -60,19 +60,20 @@ def check_beats(words: list[int], beat_bits: int, note: str) -> None:
 
     async def bench(ctx: SimulatorContext) -> None:
         ctx.set(dut.en, 1)
-        for n in range(beats * len(words) + 1):
-            if n and not n % beats:
+        for n in range(beats * len(words) + 2):
+            if n > beats and (n - 1) % beats == 0:
                 told.append((ctx.get(dut.legal), ctx.get(dut.end)))
-            if n == beats * len(words):
-                return
-            word = words[n // beats]
-            ctx.set(dut.number, n % beats)
-            ctx.set(dut.beat, word >> n % beats * beat_bits & (1 << beat_bits) - 1)
-            if Decoder.is_legal(word) and (engine := BeatDecoder.model(word)) is not None:
-                assert ctx.get(dut.engine) == engine, f"{word:#066x} in beats of {beat_bits} bits ({note})"
+            if 0 < n <= beats * len(words):
+                word = words[(n - 1) // beats]
+                assert ctx.get(dut.beat_later) == word >> (n - 1) % beats * beat_bits & (1 << beat_bits) - 1
+                if Decoder.is_legal(word) and (engine := BeatDecoder.model(word)) is not None:
+                    assert ctx.get(dut.engine) == engine, f"{word:#066x} in beats of {beat_bits} bits ({note})"
+            if n < beats * len(words):
+                ctx.set(dut.number, n % beats)
+                ctx.set(dut.beat, words[n // beats] >> n % beats * beat_bits & (1 << beat_bits) - 1)
             await ctx.tick()
 
-    simulate(dut, bench, max_cycles=beats * len(words) + 2)
+    simulate(dut, bench, max_cycles=beats * len(words) + 3)
     assert len(told) == len(words)
     for word, (legal, end) in zip(words, told, strict=True):
         assert legal == Decoder.is_legal(word), f"{word:#066x} in beats of {beat_bits} bits ({note})"

@@ -417,7 +417,7 @@ def test_cycles(bus_bits: int) -> None:
 
     simulate(dut, bench, background=[bus])
     assert requested[0] == 3
-    assert offers[0] == arrived[0] + beats + 3
+    assert offers[0] == arrived[0] + beats + 4
     assert len(offers) == 20
     assert all(b - a == max(2, beats) for a, b in itertools.pairwise(offers[:BUFFERED]))  # then the bus lags behind
 

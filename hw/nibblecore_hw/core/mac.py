@@ -272,7 +272,7 @@ class MacEngine(wiring.Component):
             # The last column is only due while words are fetched.
             tile_ends.eq(self.w.ready & (is_last if arch.columns > 1 else fetches) & ~waits),
             tile_there.eq(complete if timing.load_cycles else complete | tile_ends),
-            tile_begins.eq(enters & pass_begins),
+            tile_begins.eq(goes & pass_begins & may_begin_pass),  # enters & pass_begins, in one LUT
             offered.eq(self.command.valid & ~weights_taken),
             completes.eq(settle == 1 if timing.load_cycles > 1 else tile_ends),
             is_first.eq(wanting | last_pass),

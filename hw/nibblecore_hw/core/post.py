@@ -782,7 +782,8 @@ class PostUnit(wiring.Component):
         raw_word = Cat(sums).word_select(raw_index, word_bits)
         m.d.comb += [
             fifo.i_en.eq(push | push_raw),
-            fifo.i_data.eq(Mux(raw, raw_word, Mux(push_low, pack[1], pack[0]))),
+            # A register of its own, as this one reaches every bit.
+            fifo.i_data.eq(Mux(delayed(m, raw, 1, "raw_data"), raw_word, Mux(push_low, pack[1], pack[0]))),
         ]
 
         place = writes.o.payload

@@ -101,7 +101,7 @@ class Control(wiring.Component):
 
     Cycles: TOTAL counts from the cycle after ``start``; the first request is then 2 cycles away. An instruction has
     ``n = max(1, 256 / bus_bits)`` beats, of which its engine looks at ``k``
-    (:func:`nibblecore_hw.ctrl.instructions.beats_of`). Fetch offers the first one to its queue ``n + 3`` cycles after
+    (:func:`nibblecore_hw.ctrl.instructions.beats_of`). Fetch offers the first one to its queue ``n + 4`` cycles after
     its first beat has arrived. An instruction that waits for nothing is offered to its engine ``max(6, k + 4)`` cycles
     after that, or after the one before was accepted, and one more for DMA engines where k is below 3; the beats of
     another engine's instruction that are being read come on top. One that waits for an instruction of another engine is

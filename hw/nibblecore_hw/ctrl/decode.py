@@ -140,9 +140,11 @@ class BeatDecoder(wiring.Component):
     beat, number, en : In(beat_bits), In(range(n)), In(1)
         A beat of the word, and which one; those of a word come in order.
     engine : Out(2)
-        Whose queue the word goes to that ``beat`` belongs to. Meaningless unless it is legal and not END.
+        The cycle after each beat: whose queue its word goes to. Meaningless unless it is legal and not END.
+    beat_later : Out(beat_bits)
+        ``beat``, a cycle later.
     legal, end : Out(1), Out(1)
-        The cycle after the last beat: it was an instruction; its opcode is END, meaningless unless ``legal``.
+        Two cycles after the last beat: it was an instruction; its opcode is END, meaningless unless ``legal``.
 
     Raises
     ------
@@ -150,12 +152,13 @@ class BeatDecoder(wiring.Component):
         If ``beat_bits`` is not such a number.
     """
 
-    LATENCY = 1
+    LATENCY = 2
 
     beat: Signal
     number: Signal
     en: Signal
     engine: Signal
+    beat_later: Signal
     legal: Signal
     end: Signal
 
@@ -169,6 +172,7 @@ class BeatDecoder(wiring.Component):
                 "number": In(range(self._beats)),
                 "en": In(1),
                 "engine": Out(2),
+                "beat_later": Out(beat_bits),
                 "legal": Out(1),
                 "end": Out(1),
             }
@@ -177,25 +181,40 @@ class BeatDecoder(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         width, specs = len(self.beat), list(INSTRUCTIONS.values())
-        held, opcode = Signal(OPCODE_BITS, reset_less=True), Signal(OPCODE_BITS)
-        before, fault = Signal(reset_less=True), Signal()  # in earlier beats, and now
-        first = self.number == 0
+        # First what the rest depends on: the opcode of the beat's word, whose it is, which beat this is.
+        held, opcode_now = Signal(OPCODE_BITS, reset_less=True), Signal(OPCODE_BITS)
+        opcode = Signal(OPCODE_BITS, reset_less=True)
+        number = Signal.like(self.number, name="number_later", reset_less=True)
+        beat, engine = Signal(width, name="beat_r", reset_less=True), Signal(2, name="engine_r", reset_less=True)
+        first, en = Signal(reset_less=True), Signal()
         m.d.comb += [
-            opcode.eq(Mux(first, self.beat[:OPCODE_BITS], held)),
-            self.legal.eq(~before),
-            self.end.eq(held == int(Opcode.END)),
+            opcode_now.eq(Mux(self.number == 0, self.beat[:OPCODE_BITS], held)),
+            self.engine.eq(engine),
+            self.beat_later.eq(beat),
         ]
         with m.If(self.en):
-            m.d.sync += [held.eq(opcode), before.eq(fault | (before & ~first))]
-        with m.Switch(opcode):
+            m.d.sync += held.eq(opcode_now)
+        m.d.sync += [opcode.eq(opcode_now), number.eq(self.number), first.eq(self.number == 0)]
+        m.d.sync += [beat.eq(self.beat), en.eq(self.en)]
+        with m.Switch(opcode_now):
             for spec in specs:
                 if spec.engine is not None:
                     with m.Case(int(spec.opcode)):
-                        m.d.comb += self.engine.eq(int(spec.engine))
+                        m.d.sync += engine.eq(int(spec.engine))
 
-        parts = [_Part(m, self.beat, k * width) for k in range(self._beats)]
-        across = {(k, spec.opcode): self._across(m, spec, parts, k) for k in range(self._beats) for spec in specs}
-        with m.Switch(self.number):
+        before, fault = Signal(reset_less=True), Signal()  # in earlier beats, and now
+        is_end = Signal(reset_less=True)
+        m.d.comb += [self.legal.eq(~before), self.end.eq(is_end)]
+        with m.If(en):
+            m.d.sync += [before.eq(fault | (before & ~first)), is_end.eq(opcode == int(Opcode.END))]
+
+        parts = [_Part(m, beat, k * width) for k in range(self._beats)]
+        across = {
+            (k, spec.opcode): self._across(m, spec, parts, k, en=en, beat_number=number)
+            for k in range(self._beats)
+            for spec in specs
+        }
+        with m.Switch(number):
             for k, part in enumerate(parts):
                 with m.Case(k), m.Switch(opcode):
                     for spec in specs:
@@ -205,7 +224,9 @@ class BeatDecoder(wiring.Component):
                         m.d.comb += fault.eq(1)
         return m
 
-    def _across(self, m: Module, spec: InstructionSpec, parts: list[_Part], k: int) -> Value:
+    def _across(
+        self, m: Module, spec: InstructionSpec, parts: list[_Part], k: int, *, en: Value, beat_number: Value
+    ) -> Value:
         """Whether beat ``k`` completes a forbidden combination of fields in several beats."""
         completed: Value = Const(0)
         for number, rule in enumerate(spec.forbidden):
@@ -218,7 +239,7 @@ class BeatDecoder(wiring.Component):
                 if places[name] != k:
                     # What was seen then; other instructions' bits at that place are never asked for.
                     seen = Signal(name=f"seen_{spec.opcode.name.lower()}_{number}_{name}", reset_less=True)
-                    with m.If(self.en & (self.number == places[name])):
+                    with m.If(en & (beat_number == places[name])):
                         m.d.sync += seen.eq(term)
                     term = seen
                 terms.append(term)

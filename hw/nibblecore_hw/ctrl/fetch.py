@@ -50,7 +50,7 @@ class Fetch(wiring.Component):
     nothing, errors included.
 
     Cycles: the first request is on the bus 3 cycles after ``start_stb``; with ``n = max(1, 256 / bus_bits)`` beats per
-    instruction, an instruction is offered ``n + 3`` cycles after its first beat arrived at the earliest, and one every
+    instruction, an instruction is offered ``n + 4`` cycles after its first beat arrived at the earliest, and one every
     ``max(2, n)`` cycles follows while the bus keeps up.
 
     Parameters
@@ -256,26 +256,34 @@ class Fetch(wiring.Component):
         judge = Signal()  # the word before is complete
         slots = [Signal(len(write.slot), name=f"slot_{e.name.lower()}", reset_less=True) for e in Engine]
         use, complete, good = Signal(), Signal(), Signal()
+        # The cycle after a beat: what the decoder says of it, and which one it is.
+        later, number_later = Signal(), Signal.like(number, name="number_later", reset_less=True)
+        is_first, is_last, is_bad = (Signal(name=n, reset_less=True) for n in ("is_first", "is_last", "is_bad"))
+        with m.If(arrived.valid):
+            m.d.sync += number.eq(Mux(number == beats - 1, 0, number + 1))
+        m.d.sync += [
+            later.eq(arrived.valid),
+            number_later.eq(number),
+            is_first.eq(number == 0),
+            is_last.eq(number == beats - 1),
+            is_bad.eq(arrived.payload.error),
+        ]
         m.d.comb += [
-            use.eq(arrived.valid & reading),
-            complete.eq(use & (number == beats - 1)),
+            use.eq(later & reading),
+            complete.eq(use & is_last),
             decoder.beat.eq(arrived.payload.bits),
             decoder.number.eq(number),
-            decoder.en.eq(use),
+            decoder.en.eq(arrived.valid),
             write.en.eq(use),
             write.engine.eq(decoder.engine),
-            write.number.eq(number),
-            write.beat.bits.eq(arrived.payload.bits),
-            write.beat.index.eq(index.word_select(number, len(write.beat.index))),
+            write.number.eq(number_later),
+            write.beat.bits.eq(decoder.beat_later),
+            write.beat.index.eq(index.word_select(number_later, len(write.beat.index))),
             good.eq(~bad & decoder.legal & ~decoder.end),
         ]
         m.d.sync += judge.eq(complete)
         with m.If(use):
-            m.d.sync += [
-                engine.eq(decoder.engine),
-                bad.eq(arrived.payload.error | (bad & (number != 0))),
-                number.eq(Mux(complete, 0, number + 1)),
-            ]
+            m.d.sync += [engine.eq(decoder.engine), bad.eq(is_bad | (bad & ~is_first))]
         with m.Switch(decoder.engine):
             for e in Engine:
                 with m.Case(int(e)):
@@ -311,11 +319,19 @@ class Fetch(wiring.Component):
             with m.Elif(~reading):
                 m.d.sync += [self.ended.eq(by_end), self.error_stb.eq(~by_end), active.eq(0)]
                 m.d.sync += self.error_cause.eq(cause)
-            with m.Elif(exhausted & ~arrived.valid & ~judge):
+            with m.Elif(exhausted & ~arrived.valid & ~later & ~judge):
                 m.d.sync += [self.error_stb.eq(1), active.eq(0)]
                 m.d.sync += self.error_cause.eq(ErrorCause.REGION)
         with m.If(self.stop):
             m.d.sync += active.eq(0)
         with m.If(self.start_stb):
-            m.d.sync += [active.eq(1), reading.eq(1), self.ended.eq(0), index.eq(0), number.eq(0), judge.eq(0)]
+            m.d.sync += [
+                active.eq(1),
+                reading.eq(1),
+                self.ended.eq(0),
+                index.eq(0),
+                number.eq(0),
+                judge.eq(0),
+                later.eq(0),
+            ]
             m.d.sync += [slot.eq(0) for slot in slots]

@@ -68,7 +68,7 @@ class CostParameters:
     """
 
     issue: int = 2
-    fetch_start: int = 8
+    fetch_start: int = 9
     fetch_interval: int = 3
     mac_start: int = 5
     mac_prefetch: bool = True
