@@ -205,7 +205,7 @@ def place(folder: Path, said: str, *troubles: Exception) -> list[list[str]]:
 
     device = get_device("ecp5-25k")
     options = [*device.options, "--router", "router2", "--placer", "static", "--seed", "7"]
-    assert run._place_then_route(tool, device, options, folder, 7, 120.0).seconds >= 2.0
+    assert run._place_then_route(tool, device, options, folder, "top.json", 7, 120.0).seconds >= 2.0
     return commands
 
 

@@ -1,9 +1,12 @@
 """FPGAs: what they hold, and how Yosys and nextpnr are asked for them."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Final, Literal
 
 from nibblecore.errors import ConfigError
+
+from .floorplan import Site
 
 Family = Literal["ecp5", "ice40", "gowin"]
 
@@ -40,6 +43,8 @@ class FpgaDevice:
         What placement and routing are asked for.
     technology : str
         Primitives that hardware may instantiate, see :class:`nibblecore_hw.top.Accelerator`.
+    sites : dict
+        Of block RAM and multipliers, by the type of their cells; where they are known.
     """
 
     name: str
@@ -55,6 +60,7 @@ class FpgaDevice:
     pins: tuple[str, ...] = ()
     frequency_mhz: float = 120.0
     technology: str = "generic"
+    sites: dict[str, tuple[Site, ...]] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def nextpnr(self) -> str:
@@ -181,6 +187,27 @@ _CELLS: Final[dict[str, dict[str, tuple[str, ...]]]] = {
 }
 
 
+def _ecp5_sites(ram_rows: Sequence[int], dsp_rows: Sequence[int], left: int, right: int) -> dict[str, tuple[Site, ...]]:
+    """Rows of blocks on an ECP5, as nextpnr 0.11 names their sites: groups of four every nine columns, ``left`` of them
+    left of the middle, where the clocks enter, and ``right`` on the other side."""
+    columns = [*(4 + 9 * n for n in range(left)), *(6 + 9 * n for n in range(left, left + right))]
+    return {
+        "DP16KD": tuple(
+            Site(x + 2 * n, y, f"X{x + 2 * n}/Y{y}/EBR{n}") for y in ram_rows for x in columns for n in range(4)
+        ),
+        "MULT18X18D": tuple(
+            Site(x + n, y, f"X{x + n}/Y{y}/MULT18_{n}") for y in dsp_rows for x in columns for n in (0, 1, 4, 5)
+        ),
+    }
+
+
+_ECP5_SITES: Final = {
+    "25k": _ecp5_sites((25, 37), (13,), 3, 4),
+    "45k": _ecp5_sites((10, 34, 58), (22, 46), 4, 5),
+    "85k": _ecp5_sites((22, 46, 70, 82), (10, 34, 58), 7, 6),
+}
+
+
 def _ecp5(name: str, lut: int, lutram: int, bram: int, dsp: int) -> FpgaDevice:
     """Speed grade 6, package CABGA381. The 12F is a 25F whose smaller size is only written on it."""
     return FpgaDevice(
@@ -198,6 +225,7 @@ def _ecp5(name: str, lut: int, lutram: int, bram: int, dsp: int) -> FpgaDevice:
         pins=("G2",),
         synth=("-no-rw-check", "-nowidelut"),
         technology="ecp5",
+        sites=_ECP5_SITES["25k" if name == "12k" else name],
     )
 
 

@@ -28,6 +28,7 @@ from ..harness import ScanHarness
 from ..verilog import to_verilog
 from .check import check_netlist
 from .devices import FpgaDevice
+from .floorplan import assign_sites
 
 ROUTER2_MACS: Final = 1024
 """From so many MACs on nextpnr's router2 is taken, behind its static placer: router1, the default, does not converge on
@@ -45,6 +46,10 @@ HEAP_TIMING_WEIGHT: Final = 40
 """Four times nextpnr's default: without it, cores fill up with paths of few hops and long wires (68 MHz instead of 87
 in the same core of 256 MACs)."""
 
+ROUTER2_MARGIN: Final = 8
+"""Tiles around a net in which router2 looks for ways at first, instead of 3: of a core of 1024 MACs, half as many
+overused wires are left after 22 iterations."""
+
 TARGET_STEP: Final = 0.95
 """Where all wires are free of conflicts and the router's target is still missed, it is multiplied by this."""
 
@@ -54,6 +59,9 @@ but with nets that are too slow."""
 
 ROUTER2_LAST: Final = 100
 """From so few overused wires on, router2 gets ten times as many iterations: they are quick, and it often ends well."""
+
+_FLOORPLAN: Final = 1
+"""Change it when :mod:`.floorplan` gives other sites than before."""
 
 _FORMAT: Final = 1
 """Part of every key: change it when results of older code must not be used any more."""
@@ -425,7 +433,8 @@ def _route(
         options += ["--placer", "static"]
     elif device.family == "ecp5":
         options += ["--placer-heap-timingweight", str(HEAP_TIMING_WEIGHT)]
-    repair = {"repair": REPAIR_SHARE} if in_two_steps else {}
+    # What else decides about the result.
+    repair = {"repair": REPAIR_SHARE, "margin": ROUTER2_MARGIN, "floorplan": _FLOORPLAN} if in_two_steps else {}
     key = _key(
         netlist=netlist.key, options=options, pins=device.constraints(), tool=tool_version(device.nextpnr), **repair
     )
@@ -445,7 +454,9 @@ def _route(
     run = functools.partial(_tool, folder=folder, watch=watcher, stop=stop)
     try:
         if in_two_steps:
-            usage = _place_then_route(run, device, options, folder, seed, frequency_mhz, watcher.again)
+            report("choosing sites of block RAM")
+            design = _with_sites(folder, device, seed)
+            usage = _place_then_route(run, device, options, folder, design, seed, frequency_mhz, watcher.again)
         else:
             command = [device.nextpnr, *options, "--json", "top.json", "--report", f"report{seed}.json"]
             usage = run(command, log=f"nextpnr{seed}.log")
@@ -466,11 +477,23 @@ def _route(
     return content, False
 
 
+def _with_sites(folder: Path, device: FpgaDevice, seed: int) -> str:
+    """Name of a copy of the netlist in which blocks have their sites (:mod:`.floorplan`)."""
+    name = f"floorplan{seed}.json"
+    design = json.loads((folder / "top.json").read_text())
+    cells = design["modules"]["top"]["cells"]
+    for cell, bel in assign_sites(cells, device.sites, seed=seed).items():
+        cells[cell].setdefault("attributes", {})["BEL"] = bel
+    write_atomically(folder / name, json.dumps(design).encode())
+    return name
+
+
 def _place_then_route(
     run: Callable[..., _Usage],
     device: FpgaDevice,
     options: list[str],
     folder: Path,
+    design: str,
     seed: int,
     frequency_mhz: float,
     again: Callable[[], None] = lambda: None,
@@ -489,7 +512,7 @@ def _place_then_route(
         Not without ``--tmg-ripup`` either.
     """
     placed, log = f"placed{seed}.json", f"nextpnr{seed}.place.log"
-    usage = run([device.nextpnr, *options, "--json", "top.json", "--no-route", "--write", placed], log=log)
+    usage = run([device.nextpnr, *options, "--json", design, "--no-route", "--write", placed], log=log)
     # The report of a design that is not routed has no clocks.
     promised = [float(mhz) for mhz in _PROMISED.findall((folder / log).read_text(errors="replace"))]
     if not promised:
@@ -502,11 +525,12 @@ def _place_then_route(
     command += ["--no-pack", "--no-place", "--router", "router2", "--report", f"report{seed}.json"]
     target, repair = min(REPAIR_SHARE * min(promised), frequency_mhz), ["--tmg-ripup"]
     while True:
-        design = json.loads((folder / placed).read_text())
+        content = json.loads((folder / placed).read_text())
         # A design that is read brings its settings with it, and they win over the command's.
-        (settings,) = (m["settings"] for m in design["modules"].values() if "settings" in m)
+        (settings,) = (m["settings"] for m in content["modules"].values() if "settings" in m)
         settings["target_freq"] = f"{target * 1e6:f}"
-        write_atomically(folder / placed, json.dumps(design).encode())
+        settings |= {f"router2/bbMargin/{axis}": str(ROUTER2_MARGIN) for axis in "xy"}
+        write_atomically(folder / placed, json.dumps(content).encode())
         again()
         began = time.monotonic()
         try:
