@@ -1,8 +1,13 @@
-"""Registers that synthesis leaves apart."""
+"""Registers: of streams, and copies that synthesis leaves apart."""
 
-from amaranth import Const, Module, Signal, Value
+from typing import Any
 
-__all__ = ["copies"]
+from amaranth import Const, Module, Mux, Signal, Value
+from amaranth.hdl import ShapeLike
+from amaranth.lib import stream, wiring
+from amaranth.lib.wiring import In, Out
+
+__all__ = ["SkidBuffer", "copies"]
 
 
 def copies(m: Module, value: Value, count: int, *, name: str, enable: Value | None = None) -> list[Value]:
@@ -24,3 +29,43 @@ def copies(m: Module, value: Value, count: int, *, name: str, enable: Value | No
             m.d.sync += register.eq(~value if n & 2 else value)
         result.append(~register if n & 2 else register)
     return result
+
+
+class SkidBuffer(wiring.Component):
+    """A stream register: one item per cycle, and neither ``i.ready`` nor ``o`` depends on anything of the same cycle.
+
+    An item is at the output :attr:`LATENCY` cycle after it was taken. Two items fit.
+
+    Parameters
+    ----------
+    shape : ShapeLike
+        Shape of an item.
+
+    Members
+    -------
+    i : In(stream.Signature(shape))
+    o : Out(stream.Signature(shape))
+    """
+
+    LATENCY = 1
+
+    i: Any
+    o: Any
+
+    def __init__(self, *, shape: ShapeLike) -> None:
+        super().__init__({"i": In(stream.Signature(shape)), "o": Out(stream.Signature(shape))})
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        shape = self.i.payload.shape()
+        out, kept = Signal(shape, reset_less=True), Signal(shape, reset_less=True)
+        out_valid, kept_valid = Signal(), Signal()
+        m.d.comb += [self.i.ready.eq(~kept_valid), self.o.valid.eq(out_valid), self.o.payload.eq(out)]
+        with m.If(~out_valid | self.o.ready):
+            m.d.sync += [out.eq(Mux(kept_valid, kept, self.i.payload)), out_valid.eq(kept_valid | self.i.valid)]
+            m.d.sync += kept_valid.eq(0)
+        with m.Elif(self.i.valid):
+            m.d.sync += kept_valid.eq(1)
+        with m.If(~kept_valid):
+            m.d.sync += kept.eq(self.i.payload)
+        return m

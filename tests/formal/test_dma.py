@@ -10,10 +10,11 @@ from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out, connect, flipped
 
 from nibblecore.arch.config import ArchConfig
-from nibblecore_hw.dma.axi import AxiReadArbiter, SkidBuffer
+from nibblecore_hw.dma.axi import AxiReadArbiter
 from nibblecore_hw.dma.region import RegionCheck
 from nibblecore_hw.dma.walk import BurstIssue, dram_signature
 from nibblecore_hw.layouts import axi_read_signature, region_layout
+from nibblecore_hw.registers import SkidBuffer
 from nibblecore_sim.formal import assert_stream_rule, assume_stream_rule, prove
 
 pytestmark = pytest.mark.formal

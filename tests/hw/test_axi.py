@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from nibblecore.arch.config import ArchConfig
-from nibblecore_hw.dma.axi import FETCH_ID, LOAD_ID, AxiReadArbiter, SkidBuffer
+from nibblecore_hw.dma.axi import FETCH_ID, LOAD_ID, AxiReadArbiter
+from nibblecore_hw.registers import SkidBuffer
 from nibblecore_sim.models.axi_pysim import AxiMemory
 from nibblecore_sim.pysim import STALLS, Stalls, simulate, transfer
 

@@ -163,11 +163,11 @@ class Accumulators(wiring.Component):
         # delayed[i] is the control of i cycles ago. One line serves all groups, each of which taps it where its sums
         # arrive. Without a reset: what is in here when one begins comes to nothing before it ends.
         delayed: list[data.View] = [self.control]
-        for i in range(1, self.done_latency + 1):
+        for i in range(1, self.done_latency):
             stage = Signal(control_layout(arch), name=f"delayed{i}", reset_less=True)
             m.d.sync += stage.eq(delayed[-1])
             delayed.append(stage)
-        m.d.comb += self.done_stb.eq(delayed[self.done_latency].valid & delayed[self.done_latency].end)
+        m.d.sync += self.done_stb.eq(delayed[-1].valid & delayed[-1].end)
 
         # Nobody waits for `read.en`, which comes late: what nobody asks for goes nowhere.
         asked = Signal(groups, reset_less=True)

@@ -25,7 +25,7 @@ from ..layouts import (
     write_port,
 )
 from ..mem.block import BlockMemory
-from ..registers import copies
+from ..registers import SkidBuffer, copies
 from ..technology import check_technology
 from .loopnest import Loop, LoopNest, assign_job, loops_of
 from .requantize import CODE_BITS, DIFFERENCE_BITS, RequantLane, delayed
@@ -265,7 +265,7 @@ class PostUnit(wiring.Component):
     A POOL takes one cycle per word of every tap, inside the map or not. Before that and after it, counted from the
     first cycle with ``command.valid`` (when the unit is idle) to the one with ``done_stb``, a POST takes
     ``param_words + 26`` cycles (with ``add``: 34, INT8 with more than one step: one more, RAW32: ``param_words + 17``),
-    a POOL 14; :meth:`cycles` has the sum.
+    a POOL 15; :meth:`cycles` has the sum.
     The next command may be there with ``done_stb`` and then starts in that cycle. ``command.ready`` comes in the fourth
     cycle of ``command.valid``: the transfer is not what starts the address generators, but what lets go of the payload.
 
@@ -529,19 +529,40 @@ class PostUnit(wiring.Component):
             room.eq(places[2:].any()),  # at least 4
         ]
 
-        ahead = Signal(range(self.READ_AHEAD + 1))  # bricks read or being read, and not used up
-        is_full = (
-            Signal()
-        )  # ahead == READ_AHEAD; a register, as requests lead through the buffer's arbiter to the array
-        step = reads.o.payload
-        allowed, fetches, passed = Signal(), Signal(), Signal()
+        ahead = Signal(range(self.READ_AHEAD + 1))  # bricks read, being read or to be read, and not used up
+        is_full = Signal()  # ahead == READ_AHEAD, as a register
+        # Steps that may go on wait for the buffer's grant behind registers, as it depends on other units' requests.
+        # `entered`: a step has taken its place there; `passed`: it has its grant, or needs none.
+        request = data.StructLayout(
+            {
+                "addr": len(self.act_read.addr),
+                "fetches": 1,
+                "inside": 1,
+                "first_plane": 1,
+                "last_plane": 1,
+                "first_tap": 1,
+                "last_tap": 1,
+            }
+        )
+        m.submodules.requests = requests = SkidBuffer(shape=request)
+        allowed, entered, passed = Signal(), Signal(), Signal()
+        found, entering, step = reads.o.payload, requests.i.payload, requests.o.payload
         m.d.comb += [
             allowed.eq(Mux(is_pool, room, ~is_full)),
-            fetches.eq(Mux(is_pool, step.inside, add)),
+            requests.i.valid.eq(reads.o.valid & allowed),
+            reads.o.ready.eq(requests.i.ready & allowed),
+            entered.eq(reads.o.valid & reads.o.ready),
+            entering.addr.eq(found.addr),
+            entering.fetches.eq(Mux(is_pool, found.inside, add)),
+            entering.inside.eq(found.inside),
+            entering.first_plane.eq(found.first.plane),
+            entering.last_plane.eq(found.last.plane),
+            entering.first_tap.eq(found.first.kx & found.first.ky),
+            entering.last_tap.eq(found.last.kx & found.last.ky),
             self.act_read.addr.eq(step.addr),
-            self.act_read.valid.eq(reads.o.valid & allowed & fetches),
-            reads.o.ready.eq(allowed & (self.act_read.ready | ~fetches)),
-            passed.eq(reads.o.valid & reads.o.ready),
+            self.act_read.valid.eq(requests.o.valid & step.fetches),
+            requests.o.ready.eq(self.act_read.ready | ~step.fetches),
+            passed.eq(requests.o.valid & requests.o.ready),
         ]
 
         def arriving(value: Value, name: str, *, later: int = 0) -> Value:
@@ -560,8 +581,8 @@ class PostUnit(wiring.Component):
         heads = copies(m, operand_head, 2, name="operand_head")
         operand_words = []
         is_operand = passed & ~is_pool
-        high_arrives = arriving(is_operand & step.first.plane, "operand_high_arrives")
-        low_arrives = arriving(is_operand & step.last.plane, "operand_low_arrives")
+        high_arrives = arriving(is_operand & step.first_plane, "operand_high_arrives")
+        low_arrives = arriving(is_operand & step.last_plane, "operand_low_arrives")
         # Words and all that belongs to them go through a register, as the buffer is far away.
         word = delayed(m, self.act_read.data, 1, "word_read")
         for name, now, head in (("operand_high", high_arrives, heads[0]), ("operand_low", low_arrives, heads[1])):
@@ -592,7 +613,7 @@ class PostUnit(wiring.Component):
         phase, in_phase = Signal(), Signal()
         m.d.sync += [phase.eq(~phase | opening), in_phase.eq(~phase | opening | ~add)]
         go, enters, ends_step, ends_brick = (Signal(name=n) for n in ("go", "enters", "ends_step", "ends_brick"))
-        new_token, new_token_r = passed & ~is_pool & step.last.plane, Signal()
+        new_token, new_token_r = passed & ~is_pool & step.last_plane, Signal()
         m.d.comb += [
             go.eq(store.loaded & (in_phase | sub_any) & (has_token | ~brick_begins) & (room | ~(brick_begins | raw))),
             enters.eq(go & (raw | ~sub_any)),
@@ -622,7 +643,7 @@ class PostUnit(wiring.Component):
         with m.If(opening):
             m.d.sync += [pixel.eq(0), brick.eq(0)]
         pool_reserves = Signal()
-        m.d.sync += pool_reserves.eq(passed & is_pool & step.last.kx & step.last.ky)
+        m.d.sync += pool_reserves.eq(entered & is_pool & entering.last_tap)
         with m.If(is_pool):
             m.d.comb += reserve.eq(pool_reserves)
         with m.Elif(raw):
@@ -672,17 +693,18 @@ class PostUnit(wiring.Component):
         # Second passes begin in one phase, and accumulators enter in the other one.
         assert RequantLane.AGAIN_LATENCY % 2 == 1
         again = Signal()
+        reserved = entered & ~is_pool & entering.last_plane
         again_early = add & (phase if self._AGAIN % 2 else ~phase)  # the cycle before
         record_cycles = RequantLane.RECORD_LATENCY - store.LATENCY
         m.d.sync += again.eq(again_early)
         m.d.comb += store.again.eq(delayed(m, again, record_cycles, "again"))
         m.d.sync += [
-            ahead.eq(ahead + new_token - used_up),
+            ahead.eq(ahead + reserved - used_up),
             is_full.eq(
                 Mux(
-                    new_token & ~used_up,
+                    reserved & ~used_up,
                     ahead == self.READ_AHEAD - 1,
-                    (ahead == self.READ_AHEAD) & (new_token | ~used_up),
+                    (ahead == self.READ_AHEAD) & (reserved | ~used_up),
                 )
             ),
         ]
@@ -735,9 +757,9 @@ class PostUnit(wiring.Component):
         is_tap = passed & is_pool
         tap_arrives = arriving(is_tap, "tap_arrives", later=1)
         tap_inside = arriving(step.inside, "tap_inside", later=1)
-        tap_first = arriving(step.first.kx & step.first.ky, "tap_first", later=1)
-        tap_plane = arriving(~step.first.plane, "tap_plane", later=1)
-        tap_last = arriving(is_tap & step.last.kx & step.last.ky, "tap_last", later=1)
+        tap_first = arriving(step.first_tap, "tap_first", later=1)
+        tap_plane = arriving(~step.first_plane, "tap_plane", later=1)
+        tap_last = arriving(is_tap & step.last_tap, "tap_last", later=1)
         pack = [Signal(word_bits, name=f"pack_{name}", reset_less=True) for name in ("high", "low")]
         takes = [Signal(lanes, name=f"takes_{name}") for name in ("high", "low")]
         for lane in range(lanes):
@@ -818,7 +840,7 @@ class PostUnit(wiring.Component):
         """Cycles from the first with ``command.valid``, the unit being idle, to ``done_stb``, if nothing is refused."""
         i, pixels = instruction, instruction["rows"] * instruction["cols"]
         if i.opcode is Opcode.POOL:
-            return pixels * i["bricks"] * i["kernel_y"] * i["kernel_x"] * (1 + i["wide"]) + READ_LATENCY + 9
+            return pixels * i["bricks"] * i["kernel_y"] * i["kernel_x"] * (1 + i["wide"]) + READ_LATENCY + 10
         bricks = 1 if arch.parts_per_brick > 1 else i["bricks"]
         columns = min(arch.lanes, arch.columns)
         steps = columns // arch.post_lanes
@@ -827,7 +849,7 @@ class PostUnit(wiring.Component):
             return start + pixels * bricks * RAW_WORDS * columns // arch.lanes - 1 + cls._SUM + 3
         add, words_out = i["add"], 1 + (i["mode"] == OutputMode.INT8)
         step = max(1 + add, words_out if steps == 1 else 1)
-        first = max(start, 7 + (add and i["add_wide"]))
+        first = max(start, 8 + (add and i["add_wide"]))
         first += add * (first % 2)
         last = first + (pixels * bricks * steps - 1) * step
         return last + (cls._SECOND if add else cls._CODE) + 3 + words_out

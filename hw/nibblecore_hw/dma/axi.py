@@ -3,8 +3,7 @@
 from typing import Any, Final
 
 from amaranth import Module, Mux, Signal, Value
-from amaranth.hdl import ShapeLike
-from amaranth.lib import stream, wiring
+from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2
 
@@ -12,7 +11,7 @@ from nibblecore.arch.config import ArchConfig
 
 from ..layouts import axi_read_signature
 
-__all__ = ["FETCH_ID", "LOAD_ID", "AxiReadArbiter", "SkidBuffer", "address_constants"]
+__all__ = ["FETCH_ID", "LOAD_ID", "AxiReadArbiter", "address_constants"]
 
 LOAD_ID: Final = 0
 """ARID of the load DMA's bursts behind :class:`AxiReadArbiter`."""
@@ -40,46 +39,6 @@ def address_constants(bus: Any, channel: str, arch: ArchConfig) -> list[Any]:
 def is_error(response: Value) -> Value:
     """Whether RRESP or BRESP is SLVERR or DECERR."""
     return (response & _ERROR).any()
-
-
-class SkidBuffer(wiring.Component):
-    """A stream register: one item per cycle, and neither ``i.ready`` nor ``o`` depends on anything of the same cycle.
-
-    An item is at the output :attr:`LATENCY` cycle after it was taken. Two items fit.
-
-    Parameters
-    ----------
-    shape : ShapeLike
-        Shape of an item.
-
-    Members
-    -------
-    i : In(stream.Signature(shape))
-    o : Out(stream.Signature(shape))
-    """
-
-    LATENCY = 1
-
-    i: Any
-    o: Any
-
-    def __init__(self, *, shape: ShapeLike) -> None:
-        super().__init__({"i": In(stream.Signature(shape)), "o": Out(stream.Signature(shape))})
-
-    def elaborate(self, platform: object) -> Module:
-        m = Module()
-        shape = self.i.payload.shape()
-        out, kept = Signal(shape, reset_less=True), Signal(shape, reset_less=True)
-        out_valid, kept_valid = Signal(), Signal()
-        m.d.comb += [self.i.ready.eq(~kept_valid), self.o.valid.eq(out_valid), self.o.payload.eq(out)]
-        with m.If(~out_valid | self.o.ready):
-            m.d.sync += [out.eq(Mux(kept_valid, kept, self.i.payload)), out_valid.eq(kept_valid | self.i.valid)]
-            m.d.sync += kept_valid.eq(0)
-        with m.Elif(self.i.valid):
-            m.d.sync += kept_valid.eq(1)
-        with m.If(~kept_valid):
-            m.d.sync += kept.eq(self.i.payload)
-        return m
 
 
 class AxiReadArbiter(wiring.Component):

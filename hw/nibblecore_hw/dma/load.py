@@ -12,7 +12,8 @@ from nibblecore.arch.isa import LoadTarget, Opcode
 from nibblecore.arch.regs import ErrorCause
 
 from ..layouts import axi_read_signature, command_signature, instruction_layout, region_layout, write_port
-from .axi import SkidBuffer, address_constants, is_error
+from ..registers import SkidBuffer
+from .axi import address_constants, is_error
 from .walk import DRAM_FIELDS, BurstIssue, WordWalk, burst_words, lane_bits
 
 __all__ = ["LoadDma"]

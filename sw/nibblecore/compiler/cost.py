@@ -80,7 +80,7 @@ class CostParameters:
     post_end: int = 17
     post_end_add: int = 25
     post_end_raw: int = 8
-    pool_overhead: int = 14
+    pool_overhead: int = 15
     load_start: int = 4
     load_end: int = 2
     store_start: int = 10
