@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from amaranth import Assert, Cat, Const, Module, Mux, Signal, Value
+from amaranth import Assert, Cat, Const, Module, Mux, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2
@@ -401,28 +401,29 @@ class WordWalk(wiring.Component):
         left = [Signal(bits, name=f"left_{name}", reset_less=True) for name, bits in self.counts.items()]
         ends = [Signal(name=f"{name}_ends", reset_less=True) for name in ("row", "plane", "planes")]
         single = [Signal(name=f"single_{name}", reset_less=True) for name in self.counts]
-        row_ends, plane_ends, planes_end = ends
-        last = row_ends & plane_ends & planes_end
+        # The same for a word that is the last one of its row; of its row and its plane; of all.
+        together = [ends[0], *(Signal(name=name, reset_less=True) for name in ("ends_plane", "last"))]
+        row_ends, row_and_plane_end, last = together
         m.d.comb += [
             self.i.ready.eq(~active | (self.o.ready & last)),
             self.o.valid.eq(active),
             self.o.payload.last.eq(last),
         ]
-        moves: Value = step
-        for n in range(3):
-            with m.If(moves):
-                m.d.sync += [
-                    left[n].eq(Mux(ends[n], counts[n], left[n] - 1)),
-                    ends[n].eq(Mux(ends[n], single[n], left[n] == 1)),
-                ]
-            moves = moves & ends[n]
+        ends_next = []
+        for n, moves in enumerate((Const(1, 1), *together[:2])):
+            ends_next.append(Mux(moves, Mux(ends[n], single[n], left[n] == 1), ends[n]))
+            with m.If(step & moves):
+                m.d.sync += [left[n].eq(Mux(ends[n], counts[n], left[n] - 1)), ends[n].eq(ends_next[n])]
         with m.If(step):
+            m.d.sync += [register.eq(Cat(ends_next[: n + 2]).all()) for n, register in enumerate(together[1:])]
             m.d.sync += active.eq(~last)
         with m.If(take):
             m.d.sync += active.eq(1)
+            empty = [fields[name] == 0 for name in self.counts]
             for n, name in enumerate(self.counts):
                 m.d.sync += [register.eq(fields[name]) for register in (counts[n], left[n])]
-                m.d.sync += [flag.eq(fields[name] == 0) for flag in (single[n], ends[n])]
+                m.d.sync += [flag.eq(empty[n]) for flag in (single[n], ends[n])]
+            m.d.sync += [register.eq(Cat(empty[: n + 2]).all()) for n, register in enumerate(together[1:])]
         for out, first, first_step in (("addr", "local_addr", "local_step"), ("lane", "lane", "lane_step")):
             width = len(fields[first])
             here, row, plane = (
@@ -432,8 +433,8 @@ class WordWalk(wiring.Component):
             # One adder for all.
             base, more, following = (Signal(width, name=f"{out}_{what}") for what in ("base", "more", "following"))
             m.d.comb += [
-                base.eq(Mux(row_ends, Mux(plane_ends, plane, row), here)),
-                more.eq(Mux(row_ends, Mux(plane_ends, step2, step1), 0)),
+                base.eq(Mux(row_ends, Mux(row_and_plane_end, plane, row), here)),
+                more.eq(Mux(row_ends, Mux(row_and_plane_end, step2, step1), 0)),
                 following.eq(base + more + ~row_ends),
                 self.o.payload[out].eq(here),
             ]
@@ -441,8 +442,8 @@ class WordWalk(wiring.Component):
                 m.d.sync += here.eq(following)
                 with m.If(row_ends):
                     m.d.sync += row.eq(following)
-                    with m.If(plane_ends):
-                        m.d.sync += plane.eq(following)
+                with m.If(row_and_plane_end):
+                    m.d.sync += plane.eq(following)
             with m.If(take):
                 m.d.sync += [*(reg.eq(fields[first]) for reg in (here, row, plane))]
                 m.d.sync += [step1.eq(fields[f"{first_step}1"]), step2.eq(fields[f"{first_step}2"])]
