@@ -85,14 +85,16 @@ def random_traffic(dut: BankedBuffer, seed: int, *, collide: bool) -> Traffic:
         for i, r in enumerate(reads):
             if filling or not r["valid"] or (i, r) in read_grants[-1] or rng.random() < 0.1:
                 reads[i] = {"valid": not filling and rng.random() < busy, "addr": place()}
-        if is_dual and not collide:
-            writes = [w | {"valid": w["valid"] and w["addr"] not in early} for w in writes]
         # In a dual buffer one write, whatever its bank; in a single one, one access per bank.
         write_won = [not (any(p["valid"] for p in writes[:j]) if is_dual else beaten(w, writes[:j]))
                      for j, w in enumerate(writes)]  # fmt: skip
         write_grants.append([w for w, won in zip(writes, write_won, strict=True) if w["valid"] and won])
-        if is_dual and not collide and any(w["addr"] == reads[last]["addr"] for w in write_grants[-1]):
-            reads[last] = reads[last] | {"valid": 0}
+        if is_dual and not collide:
+            # What a read meets at the memory: of the last reader, the write of the cycle before.
+            for i, r in enumerate(reads):
+                met = write_grants[-2:-1] if i == last else write_grants[-1:]
+                if any(w["addr"] == r["addr"] for written in met for w in written):
+                    reads[i] = r | {"valid": 0}
         read_won = [not beaten(r, reads[:i] + ([] if is_dual else writes)) for i, r in enumerate(reads)]
         if is_dual:
             read_won[last] = bank(reads[last]["addr"]) not in map(bank, early)
@@ -113,12 +115,12 @@ def random_traffic(dut: BankedBuffer, seed: int, *, collide: bool) -> Traffic:
         )
 
     # What meets at an edge of the memory: the writes of a cycle, and the reads of the same cycle; but of a dual buffer,
-    # where all readers but the last wait for a cycle, what those were granted in the cycle before.
+    # where all but the last reader wait for a cycle, what that one was granted in the cycle behind.
     memory, part_bits = [0] * dut.depth, dut.word_bits // dut.parts
     for cycle, written in enumerate(write_grants):
-        for granted in range(max(cycle - 1, 0), cycle + 1):
+        for granted in range(cycle, min(cycle + 2, len(read_grants))):
             for i, r in read_grants[granted]:
-                if granted != cycle - (is_dual and i != last):
+                if granted != cycle + (is_dual and i == last):
                     continue
                 traffic.words.append((granted, i, memory[r["addr"]]))
                 for w in written:
