@@ -1,4 +1,4 @@
-"""Registers: of streams, and copies that synthesis leaves apart."""
+"""Registers: delays, of streams, and copies that synthesis leaves apart."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from amaranth.hdl import ShapeLike
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
-__all__ = ["SkidBuffer", "copies"]
+__all__ = ["SkidBuffer", "copies", "delayed"]
 
 
 def copies(m: Module, value: Value, count: int, *, name: str, enable: Value | None = None) -> list[Value]:
@@ -69,3 +69,12 @@ class SkidBuffer(wiring.Component):
         with m.If(~kept_valid):
             m.d.sync += kept.eq(self.i.payload)
         return m
+
+
+def delayed(m: Module, value: Value, cycles: int, name: str) -> Value:
+    """``value`` behind ``cycles`` registers without reset, named ``<name>_<n>``."""
+    for i in range(1, cycles + 1):
+        stage = Signal(value.shape(), name=f"{name}_{i}", reset_less=True)
+        m.d.sync += stage.eq(value)
+        value = stage
+    return value

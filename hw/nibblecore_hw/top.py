@@ -107,18 +107,17 @@ class Accelerator(wiring.Component):
         # A register for each unit, as a reset reaches hundreds of flip-flops; Yosys does not make one of registers that
         # differ in what they are themselves reset to.
         mac_reset, post_reset, dma_reset = Signal(init=1), Signal(), Signal(init=1)
-        for reset in (mac_reset, post_reset, dma_reset):
-            if isinstance(mac, SequentialMac):
-                m.d.comb += reset.eq(control.core_reset)
-            elif reset is mac_reset:
-                # It takes no command until its pipelines have run empty.
-                left = Signal(range(mac.reset_cycles), init=mac.reset_cycles - 1)
-                with m.If(control.core_reset):
-                    m.d.sync += [left.eq(left.init), reset.eq(1)]
-                with m.Else():
-                    m.d.sync += [left.eq(left - reset), reset.eq(reset & left.any())]
-            else:
-                m.d.sync += reset.eq(control.core_reset)
+        if isinstance(mac, MacEngine):
+            # It takes no command until its pipelines have run empty.
+            left = Signal(range(mac.reset_cycles), init=mac.reset_cycles - 1)
+            with m.If(control.core_reset):
+                m.d.sync += [left.eq(left.init), mac_reset.eq(1)]
+            with m.Else():
+                m.d.sync += [left.eq(left - mac_reset), mac_reset.eq(mac_reset & left.any())]
+        else:
+            m.d.comb += mac_reset.eq(control.core_reset)
+        direct = m.d.comb if arch.sequential else m.d.sync
+        direct += [reset.eq(control.core_reset) for reset in (post_reset, dma_reset)]
         post = SequentialPost(arch) if arch.sequential else PostUnit(arch, technology=self.technology)
         m.submodules.mac = ResetInserter(mac_reset)(mac)
         m.submodules.post = ResetInserter(post_reset)(post)

@@ -139,7 +139,10 @@ class MacEngine(wiring.Component):
 
     @property
     def reset_cycles(self) -> int:
-        """Cycles for which a reset must last."""
+        """Cycles for which a reset must last: until the last pixel is added up, and the last tile is in its tables.
+
+        Filling tables takes ``load_cycles`` from a tile's last word on; twice that covers the words on their way.
+        """
         return self.drain_cycles + 2 * element_timing(self._arch).load_cycles
 
     def pass_cycles(self, *, pixels: int) -> int:

@@ -25,10 +25,10 @@ from ..layouts import (
     write_port,
 )
 from ..mem.block import BlockMemory
-from ..registers import SkidBuffer, copies
+from ..registers import SkidBuffer, copies, delayed
 from ..technology import check_technology
 from .loopnest import Loop, LoopNest, assign_job, loops_of
-from .requantize import CODE_BITS, DIFFERENCE_BITS, RequantLane, delayed
+from .requantize import CODE_BITS, DIFFERENCE_BITS, RequantLane
 
 __all__ = ["PostUnit", "RecordStore", "WordFifo"]
 

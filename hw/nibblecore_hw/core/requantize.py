@@ -7,10 +7,11 @@ from amaranth.lib.wiring import In, Out
 from nibblecore.arch import numerics
 from nibblecore.arch.numerics import ADD_FACTOR_BITS, BIAS_BITS, MULT_BITS, SHIFT_MAX
 
+from ..registers import delayed
 from ..technology import check_technology
 from .multiply import Multiplier
 
-__all__ = ["CODE_BITS", "DIFFERENCE_BITS", "RequantLane", "RoundShiftClamp", "delayed"]
+__all__ = ["CODE_BITS", "DIFFERENCE_BITS", "RequantLane", "RoundShiftClamp"]
 
 CODE_BITS = 8
 """Width of codes, zero points and clamps inside the post unit; 4-bit codes are clamped to -8..7 by the program."""
@@ -21,15 +22,6 @@ DIFFERENCE_BITS = CODE_BITS + 1
 _LOW_BITS = 16
 """The 32-bit operand of the requantization is split here: 16 signed bits above, 16 unsigned ones below, so that each
 part times the 18-bit multiplier is one signed 18x18 product."""
-
-
-def delayed(m: Module, value: Value, cycles: int, name: str) -> Value:
-    """``value`` behind ``cycles`` registers without reset, named ``<name>_<n>``."""
-    for i in range(1, cycles + 1):
-        stage = Signal(value.shape(), name=f"{name}_{i}", reset_less=True)
-        m.d.sync += stage.eq(value)
-        value = stage
-    return value
 
 
 class RoundShiftClamp(wiring.Component):
