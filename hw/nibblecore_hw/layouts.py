@@ -90,9 +90,9 @@ LAST_READ_LATENCY = 4
 """Edges from a granted buffer read to its data, at the port of lowest priority: a register before block RAM, block RAM,
 a register beside it, one behind the choice of a bank."""
 
-READ_LATENCY = LAST_READ_LATENCY + 1
-"""The same at all other ports: what they ask for waits a cycle, so that the last port knows from registers whether it
-is granted."""
+READ_LATENCY = LAST_READ_LATENCY + 2
+"""The same at all other ports: what they ask for waits two cycles, so that the last port knows from registers, a cycle
+ahead, whether it is granted."""
 
 ACC_READ_LATENCY = 4
 """Edges from an accumulator read to its data: block RAM, the register at its output, one behind the choice among two

@@ -104,9 +104,9 @@ class Accelerator(wiring.Component):
             else Control(arch=arch, axi_id=FETCH_ID, technology=self.technology)
         )
         mac = SequentialMac(arch) if arch.sequential else MacEngine(arch, technology=self.technology)
-        # A register for each unit, as a reset reaches hundreds of flip-flops; Yosys does not make one of registers that
-        # differ in what they are themselves reset to.
-        mac_reset, post_reset, dma_reset = Signal(init=1), Signal(), Signal(init=1)
+        # A register for each unit, as a reset reaches hundreds of flip-flops. Yosys makes one of registers that are the
+        # same, so one begins with a reset, and one holds the opposite.
+        mac_reset, post_runs, dma_reset = Signal(init=1), Signal(init=1), Signal(init=1)
         if isinstance(mac, MacEngine):
             # It takes no command until its pipelines have run empty.
             left = Signal(range(mac.reset_cycles), init=mac.reset_cycles - 1)
@@ -117,10 +117,10 @@ class Accelerator(wiring.Component):
         else:
             m.d.comb += mac_reset.eq(control.core_reset)
         direct = m.d.comb if arch.sequential else m.d.sync
-        direct += [reset.eq(control.core_reset) for reset in (post_reset, dma_reset)]
+        direct += [post_runs.eq(~control.core_reset), dma_reset.eq(control.core_reset)]
         post = SequentialPost(arch) if arch.sequential else PostUnit(arch, technology=self.technology)
         m.submodules.mac = ResetInserter(mac_reset)(mac)
-        m.submodules.post = ResetInserter(post_reset)(post)
+        m.submodules.post = ResetInserter(~post_runs)(post)
         m.submodules.arbiter = arbiter = AxiReadArbiter(arch=arch)
         activations = self._buffer(
             depth=arch.act_depth, banks=arch.act_banks, parts=arch.parts_per_brick, kind=arch.act_memory, readers=3,

@@ -39,12 +39,14 @@ def test_random_accesses(kind: str, banks: int, parts: int, word_bits: int, seed
     bank = lambda addr: addr * banks // dut.depth  # noqa: E731
     grants = 0
     last = len(dut.reads) - 1
-    # Of a dual buffer: banks that the last reader does not get, words that were written in the cycle before.
-    taken_banks: set[int] = set()
+    # Of a dual buffer: banks that the last reader does not get now and in the next cycle; words that were written in
+    # the cycle before, and what the others were granted then.
+    taken_banks, taken_next = set[int](), set[int]()
     just_written: set[int] = set()
+    just_read: list[tuple[int, int, int]] = []  # cycle, reader, address
 
     async def bench(ctx: Any) -> None:
-        nonlocal grants, taken_banks, just_written
+        nonlocal grants, taken_banks, taken_next, just_written, just_read
         for cycle in range(600):
             note = f"{kind=} {banks=} {parts=} {word_bits=} {seed=} {cycle=}"
             for when, reader, word in list(expected):
@@ -63,10 +65,10 @@ def test_random_accesses(kind: str, banks: int, parts: int, word_bits: int, seed
             ]
             reads = [(rng.random() < 0.5, rng.randrange(dut.depth) & 0x33) for _ in dut.reads]
             if kind == "dual":
+                writes = [(v and a not in {addr for _, _, addr in just_read}, a, *rest) for v, a, *rest in writes]
                 won_w = [not any(v for v, *_ in writes[:j]) for j in range(len(writes))]
-                written = {a for (v, a, _, _), won in zip(writes, won_w, strict=True) if v and won}
-                reads = [(v and a not in (just_written if i == last else written), a) for i, (v, a) in enumerate(reads)]
-                just_written = written
+                reads[last] = (reads[last][0] and reads[last][1] not in just_written, reads[last][1])
+                just_written = {a for (v, a, _, _), won in zip(writes, won_w, strict=True) if v and won}
                 winners = []
             else:
                 won_w = [not any(v and bank(a) == bank(w[1]) for v, a, *_ in writes[:j]) for j, w in enumerate(writes)]
@@ -77,9 +79,9 @@ def test_random_accesses(kind: str, banks: int, parts: int, word_bits: int, seed
             ]
             if kind == "dual":
                 won_r[last] = bank(reads[last][1]) not in taken_banks
-                granted = [a for (v, a), won in zip(reads[:last], won_r[:last], strict=True) if v and won]
-                taken_banks = set(map(bank, granted))
-                free_next = sum(1 << b for b in range(banks) if b not in taken_banks)
+                just_read = [(cycle, i, a) for i, (v, a) in enumerate(reads[:last]) if v and won_r[i]]
+                free_next = sum(1 << b for b in range(banks) if b not in taken_next)
+                taken_banks, taken_next = taken_next, {bank(a) for _, _, a in just_read}
             else:
                 free_next = 0
             for port, (valid, addr, data, mask) in zip(dut.writes, writes, strict=True):
@@ -103,12 +105,15 @@ def test_random_accesses(kind: str, banks: int, parts: int, word_bits: int, seed
                         if mask >> p & 1:
                             field = ((1 << part_bits) - 1) << p * part_bits
                             memory[addr] = memory[addr] & ~field | data & field
-            # No reader of a dual buffer sees what is written in this cycle.
-            seen = before if kind == "dual" else memory
+            # The last reader of a dual buffer does not see what is written in this cycle; whoever waits does.
             for i, ((valid, addr), won) in enumerate(zip(reads, won_r, strict=True)):
                 if valid and won:
-                    expected.append((cycle + (LAST_READ_LATENCY if i == last else READ_LATENCY), i, seen[addr]))
                     grants += 1
+                    if i == last:
+                        word, latency = (before if kind == "dual" else memory)[addr], LAST_READ_LATENCY
+                    else:
+                        word, latency = memory[addr], READ_LATENCY
+                    expected.append((cycle + latency, i, word))
             await ctx.tick()
 
     run(dut, bench)
@@ -120,14 +125,14 @@ def test_read_while_written_is_caught(reader: int) -> None:
     dut = BankedBuffer(**GOOD, checks=True)
 
     async def bench(ctx: Any) -> None:
-        ports = [dut.writes[0], dut.reads[reader]]
+        ports = [dut.writes[0], dut.reads[reader]] if reader == 2 else [dut.reads[reader], dut.writes[0]]
         ctx.set(dut.writes[0].mask, 1)
         for port in ports:
             ctx.set(port.addr, 35)
             ctx.set(port.valid, 1)
-            if reader == 2:  # the last one is quicker than a write
-                await ctx.tick()
-                ctx.set(port.valid, 0)
+            # The last one is quicker than a write, others are slower.
+            await ctx.tick()
+            ctx.set(port.valid, 0)
         for _ in range(4):
             await ctx.tick()
 

@@ -58,7 +58,8 @@ def random_traffic(dut: BankedBuffer, seed: int, *, collide: bool) -> Traffic:
     reads: list[Port] = [{"valid": 0}] * dut.readers
     write_grants: list[list[Port]] = []
     read_grants: list[list[tuple[int, Port]]] = []
-    early: list[int] = []  # addresses that all readers but the last were granted in the cycle before
+    # Addresses that all readers but the last were granted in the two cycles before, the later ones first.
+    early: list[list[int]] = [[], []]
 
     def bank(addr: int) -> int:
         return addr * dut.banks // dut.depth
@@ -85,22 +86,23 @@ def random_traffic(dut: BankedBuffer, seed: int, *, collide: bool) -> Traffic:
         for i, r in enumerate(reads):
             if filling or not r["valid"] or (i, r) in read_grants[-1] or rng.random() < 0.1:
                 reads[i] = {"valid": not filling and rng.random() < busy, "addr": place()}
+        if is_dual and not collide:
+            # What all readers but the last were granted in the cycle before meets this write at the memory.
+            writes = [w | {"valid": 0} if w["valid"] and w["addr"] in early[0] else w for w in writes]
         # In a dual buffer one write, whatever its bank; in a single one, one access per bank.
         write_won = [not (any(p["valid"] for p in writes[:j]) if is_dual else beaten(w, writes[:j]))
                      for j, w in enumerate(writes)]  # fmt: skip
         write_grants.append([w for w, won in zip(writes, write_won, strict=True) if w["valid"] and won])
-        if is_dual and not collide:
-            # What a read meets at the memory: of the last reader, the write of the cycle before.
-            for i, r in enumerate(reads):
-                met = write_grants[-2:-1] if i == last else write_grants[-1:]
-                if any(w["addr"] == r["addr"] for written in met for w in written):
-                    reads[i] = r | {"valid": 0}
+        # And the last reader the write of the cycle before.
+        met = {w["addr"] for written in write_grants[-2:-1] for w in written}
+        if is_dual and not collide and reads[last]["addr"] in met:
+            reads[last] = reads[last] | {"valid": 0}
         read_won = [not beaten(r, reads[:i] + ([] if is_dual else writes)) for i, r in enumerate(reads)]
         if is_dual:
-            read_won[last] = bank(reads[last]["addr"]) not in map(bank, early)
+            read_won[last] = bank(reads[last]["addr"]) not in map(bank, early[1])
         read_grants.append([(i, r) for i, r in enumerate(reads) if r["valid"] and read_won[i]])
-        early = [r["addr"] for i, r in read_grants[-1] if i != last]
-        free = set(range(dut.banks)) - set(map(bank, early)) if is_dual else set()
+        free = set(range(dut.banks)) - set(map(bank, early[0])) if is_dual else set()
+        early = [[r["addr"] for i, r in read_grants[-1] if i != last], early[0]]
         conflicts = [r["valid"] and not won for r, won in zip(reads, read_won, strict=True)]
         traffic.seen["conflicts"] += any(conflicts)
         traffic.seen["banks read together"] += len(read_grants[-1]) > 1
@@ -115,12 +117,12 @@ def random_traffic(dut: BankedBuffer, seed: int, *, collide: bool) -> Traffic:
         )
 
     # What meets at an edge of the memory: the writes of a cycle, and the reads of the same cycle; but of a dual buffer,
-    # where all but the last reader wait for a cycle, what that one was granted in the cycle behind.
+    # what the last reader was granted in the cycle behind, and the others in the cycle before.
     memory, part_bits = [0] * dut.depth, dut.word_bits // dut.parts
     for cycle, written in enumerate(write_grants):
-        for granted in range(cycle, min(cycle + 2, len(read_grants))):
+        for granted in range(max(0, cycle - 1), min(cycle + 2, len(read_grants))):
             for i, r in read_grants[granted]:
-                if granted != cycle + (is_dual and i == last):
+                if granted != cycle + (0 if not is_dual else 1 if i == last else -1):
                     continue
                 traffic.words.append((granted, i, memory[r["addr"]]))
                 for w in written:

@@ -197,20 +197,27 @@ class MacEngine(wiring.Component):
         pause = Signal(range(self.HAZARD))
         pausing = Signal()
         is_short = Signal(init=1)
-        may_begin_pass = Signal()  # tile_there & ~pausing
+        may_begin_pass, may_begin_pass_next = Signal(), Signal()  # tile_there & ~pausing
         may_enter = Signal()
         goes = Signal()  # there is a pixel, and it needs no word, or its bank is free
+        # What is found out a cycle ahead is so of both pixels that may be there then: the buffers are far away, and
+        # whether a pixel enters reaches much.
+        knows_tile = arch.weight_memory == "dual" and arch.columns > 1
         if arch.act_memory == "dual":
-            # Found out a cycle ahead, of both pixels that may be there then: the buffer is far away, and whether a
-            # pixel enters reaches much.
             banks = slice(ceil_log2(arch.act_depth // arch.act_banks), ceil_log2(arch.act_depth))
 
             def goes_next(pixel: data.View) -> Value:
                 return ~pixel.inside | self.x_ready_next.bit_select(pixel.addr[banks], 1)
 
-            m.d.sync += goes.eq(Mux(takes_step, nest.o.valid & goes_next(nest.o.payload), goes_next(step)))
+            found = Mux(takes_step, nest.o.valid & goes_next(nest.o.payload), goes_next(step))
+            m.d.sync += goes.eq(found)
+            if knows_tile:
+                begins_next = Mux(takes_step, nest.o.payload.first_inner, pass_begins)
+                m.d.sync += enters.eq(found & (~begins_next | may_begin_pass_next))
         else:
             m.d.comb += goes.eq(step_valid & (~step.inside | self.x.ready))
+        if not (knows_tile and arch.act_memory == "dual"):
+            m.d.comb += enters.eq(may_enter & goes)
         m.d.comb += [
             pass_begins.eq(step.first_inner),
             pass_ends.eq(step.last_inner),
@@ -219,7 +226,6 @@ class MacEngine(wiring.Component):
             may_enter.eq(~pass_begins | may_begin_pass),
             self.x.addr.eq(step.addr),
             self.x.valid.eq(step_valid & step.inside & may_enter),
-            enters.eq(may_enter & goes),
             self.mac_active.eq(enters),
             self.mac_bank.eq(step_valid & may_enter & ~goes),
             self.mac_weights.eq(step_valid & pass_begins & ~may_begin_pass & ~pausing),
@@ -275,21 +281,21 @@ class MacEngine(wiring.Component):
             # The last column is only due while words are fetched.
             tile_ends.eq(self.w.ready & (is_last if arch.columns > 1 else fetches) & ~waits),
             tile_there.eq(complete if timing.load_cycles else complete | tile_ends),
-            tile_begins.eq(goes & pass_begins & may_begin_pass),  # enters & pass_begins, in one LUT
+            tile_begins.eq(enters & pass_begins),
             offered.eq(self.command.valid & ~weights_taken),
             completes.eq(settle == 1 if timing.load_cycles > 1 else tile_ends),
             is_first.eq(wanting | last_pass),
         ]
         m.d.sync += next_tile.eq(tile + tile_step)
-        if arch.weight_memory == "dual" and arch.columns > 1:
-            # Found out a cycle ahead: whether a pixel enters reaches much, and depends on the activation buffer, too.
+        if knows_tile:
             due_next = Signal()
             m.d.comb += due_next.eq(Mux(granted, column == arch.columns - 2, is_last))
             there_next = complete | completes
             if not timing.load_cycles:
                 assert timing.load_interval == 1
                 there_next |= due_next & self.w_ready_next
-            m.d.sync += may_begin_pass.eq(there_next & ~tile_begins & ~pausing_next)
+            m.d.comb += may_begin_pass_next.eq(there_next & ~tile_begins & ~pausing_next)
+            m.d.sync += may_begin_pass.eq(may_begin_pass_next)
         else:
             m.d.comb += may_begin_pass.eq(tile_there & ~pausing)
         with m.If(granted):

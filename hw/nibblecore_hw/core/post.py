@@ -264,8 +264,8 @@ class PostUnit(wiring.Component):
 
     A POOL takes one cycle per word of every tap, inside the map or not. Before that and after it, counted from the
     first cycle with ``command.valid`` (when the unit is idle) to the one with ``done_stb``, a POST takes
-    ``param_words + 26`` cycles (with ``add``: 34, INT8 with more than one step: one more, RAW32: ``param_words + 17``),
-    a POOL 15; :meth:`cycles` has the sum.
+    ``param_words + 27`` cycles (with ``add``: 35, INT8 with more than one step: one more, RAW32: ``param_words + 18``),
+    a POOL 16; :meth:`cycles` has the sum.
     The next command may be there with ``done_stb`` and then starts in that cycle. ``command.ready`` comes in the fourth
     cycle of ``command.valid``: the transfer is not what starts the address generators, but what lets go of the payload.
 
@@ -670,7 +670,9 @@ class PostUnit(wiring.Component):
                 m.d.sync += number.eq(number + 1)
             return number, passing & (number == steps - 1)
 
-        coded = Mux(add, valid[self._SECOND], valid[self._CODE])
+        coded = Signal()
+        assert self._SUM + 1 < self._CODE < self._SECOND - 1
+        m.d.sync += coded.eq(Mux(add, valid[self._SECOND - 1], valid[self._CODE - 1]))
         _, coded_last = counted(coded, "coded_step")
         coded_r, coded_last_r = Signal(), Signal()
         m.d.sync += [coded_r.eq(coded), coded_last_r.eq(coded_last)]
@@ -755,49 +757,66 @@ class PostUnit(wiring.Component):
 
         # One register per plane: POST shifts codes in, the parts of a brick alike; POOL keeps the largest code.
         is_tap = passed & is_pool
-        tap_arrives = arriving(is_tap, "tap_arrives", later=1)
-        tap_inside = arriving(step.inside, "tap_inside", later=1)
-        tap_first = arriving(step.first_tap, "tap_first", later=1)
-        tap_plane = arriving(~step.first_plane, "tap_plane", later=1)
+        tap_arrives, tap_inside = arriving(is_tap, "tap_arrives"), arriving(step.inside, "tap_inside")
+        tap_first, tap_plane = arriving(step.first_tap, "tap_first"), arriving(~step.first_plane, "tap_plane")
         tap_last = arriving(is_tap & step.last_tap, "tap_last", later=1)
+        # These reach every lane, and are registers for some lanes each.
+        groups = min(4, max(1, lanes // 16))
+
+        def for_lanes(value: Value, name: str) -> list[Value]:
+            """``value`` a cycle later, beside ``word``, for each lane."""
+            values = copies(m, value, groups, name=name)
+            return [values[lane * groups // lanes] for lane in range(lanes)]
+
+        is_second = for_lanes(tap_plane, "tap_is_second")
+        starts = for_lanes(tap_first, "tap_starts")
+        in_map = for_lanes(tap_inside, "tap_in_map")
+        pools = for_lanes(is_pool, "pools")
+        comes_first = for_lanes(tap_arrives & ~tap_plane, "tap_comes_first")
+        counts, clears = (
+            [
+                for_lanes(tap_arrives & condition & plane, f"tap_{name}_{n}")
+                for n, plane in enumerate((~tap_plane, tap_plane))
+            ]
+            for name, condition in (("counts", tap_inside), ("clears", tap_first & ~tap_inside))
+        )
         pack = [Signal(word_bits, name=f"pack_{name}", reset_less=True) for name in ("high", "low")]
         takes = [Signal(lanes, name=f"takes_{name}") for name in ("high", "low")]
         for lane in range(lanes):
             nibble = word.word_select(lane, 4).as_signed()
-            other = Mux(tap_plane, pack[1].word_select(lane, 4), pack[0].word_select(lane, 4)).as_signed()
+            other = Mux(is_second[lane], pack[1].word_select(lane, 4), pack[0].word_select(lane, 4)).as_signed()
             greater, equal = Signal(name=f"greater_{lane}"), Signal(name=f"equal_{lane}")
             # What the high nibbles have said about the code whose low nibble arrives now.
             better, same = (Signal(name=f"{n}_{lane}", reset_less=True) for n in ("better", "same"))
             m.d.comb += [
                 greater.eq(nibble > other),
                 equal.eq(nibble == other),
-                takes[0][lane].eq(tap_arrives & tap_inside & ~tap_plane & (tap_first | greater)),
-                takes[1][lane].eq(tap_arrives & tap_inside & tap_plane & (tap_first | better | (same & greater))),
+                takes[0][lane].eq(counts[0][lane] & (starts[lane] | greater)),
+                takes[1][lane].eq(counts[1][lane] & (starts[lane] | better | (same & greater))),
             ]
-            with m.If(tap_arrives & ~tap_plane):
-                m.d.sync += [better.eq(tap_inside & greater), same.eq(tap_inside & equal)]
-        nothing_yet = tap_arrives & tap_first & ~tap_inside
+            with m.If(comes_first[lane]):
+                m.d.sync += [better.eq(in_map[lane] & greater), same.eq(in_map[lane] & equal)]
         for plane, incoming in enumerate((nibbles_high, nibbles_low)):
             shifts = coded_r if plane else coded
-            clears = nothing_yet & (tap_plane if plane else ~tap_plane)
             for lane in range(lanes):
                 place = lane % brick_columns - (brick_columns - post_lanes)
                 shifted = incoming[place] if place >= 0 else pack[plane].word_select(lane + post_lanes, 4)
                 target = pack[plane].word_select(lane, 4)
-                with m.If(clears):
+                with m.If(clears[plane][lane]):
                     m.d.sync += target.eq(0b1000)
                 with m.Elif(takes[plane][lane] | shifts):
-                    m.d.sync += target.eq(Mux(is_pool, word.word_select(lane, 4), shifted))
+                    m.d.sync += target.eq(Mux(pools[lane], word.word_select(lane, 4), shifted))
 
         # --- words written ----------------------------------------------------------------------------------------
 
         # Decided a cycle ahead, as these reach every bit of the output memory.
         push, push_low, push_raw = Signal(), Signal(reset_less=True), Signal()
+        tap_is_low = delayed(m, tap_plane, 1, "tap_is_low")
         first = coded_last
         second = coded_last_r & wide
         m.d.sync += [
             push.eq(Mux(is_pool, tap_last, first | second)),
-            push_low.eq(Mux(is_pool, tap_plane, second)),
+            push_low.eq(Mux(is_pool, tap_is_low, second)),
             push_raw.eq(valid[self._SUM - 1] & raw),
         ]
         raw_index = delayed(m, sub, self._SUM, "raw_index") if raw_words > 1 else Const(0, 1)

@@ -20,6 +20,7 @@ from ..layouts import (
     read_port,
     region_layout,
 )
+from ..registers import SkidBuffer
 from .axi import address_constants, is_error
 from .walk import DRAM_FIELDS, BurstIssue, WordWalk, burst_words, lane_bits
 
@@ -54,8 +55,8 @@ class StoreDma(wiring.Component):
       is requested, whichever is later; its first address follows the last of the one before by 3 cycles at least.
 
     After an error, or once ``stop`` has been seen, the engine starts no burst and takes no command; bursts that are in
-    flight are ended with beats that write nothing (WSTRB = 0; a beat that is being offered stays as it is). Only a
-    reset leads out of that, and must not come before ``idle``.
+    flight are ended with beats that write nothing (WSTRB = 0; a beat that is being offered stays as it is, and one
+    behind it). Only a reset leads out of that, and must not come before ``idle``.
 
     Parameters
     ----------
@@ -86,7 +87,7 @@ class StoreDma(wiring.Component):
 
     AW_LATENCY = 4
     W_LATENCY = 5 + READ_LATENCY
-    QUEUE_WORDS = 8
+    QUEUE_WORDS = 16
     """Words that can be read ahead."""
 
     command: Any
@@ -200,32 +201,32 @@ class StoreDma(wiring.Component):
         beat_bits = ceil_log2(arch.beats_per_word)
         number = Signal(len(bursts.o.payload.words_m1))
         beat, word_ends, burst_ends = Signal(beat_bits), Signal(), Signal()
-        wdata, wstrb = Signal(arch.bus_bits, reset_less=True), Signal(arch.bus_bytes, reset_less=True)
-        wlast, wvalid, w_ends_word = Signal(reset_less=True), Signal(), Signal(reset_less=True)
+        # Whether the bus is ready ends here: it would reach all of the counters.
+        m.submodules.beats = beats = SkidBuffer(
+            shape=data.StructLayout({"data": arch.bus_bits, "strobes": arch.bus_bytes, "last": 1, "ends_word": 1})
+        )
+        offered, sent = beats.i.payload, beats.o.payload
+        word_bytes = arch.bus_bytes >> lanes
+        word = queue.o.payload
         lane = (bursts.o.payload.lane + number)[:lanes]
         step = Signal()
         m.d.comb += [
-            step.eq((~wvalid | bus.wready) & bursts.o.valid & (queue.o.valid | stopped)),
+            step.eq(beats.i.ready & bursts.o.valid & (queue.o.valid | stopped)),
             word_ends.eq(beat == arch.beats_per_word - 1),
             burst_ends.eq(word_ends & (number == bursts.o.payload.words_m1)),
             queue.o.ready.eq(step & word_ends),
             bursts.o.ready.eq(step & burst_ends),
-            bus.wdata.eq(wdata),
-            bus.wstrb.eq(wstrb),
-            bus.wlast.eq(wlast),
-            bus.wvalid.eq(wvalid),
+            beats.i.valid.eq(bursts.o.valid & (queue.o.valid | stopped)),
+            offered.data.eq(word.word_select(beat, arch.bus_bits) if beat_bits else word.replicate(1 << lanes)),
+            offered.strobes.eq(Mux(stopped, 0, Cat((lane == k).replicate(word_bytes) for k in range(1 << lanes)))),
+            offered.last.eq(burst_ends),
+            offered.ends_word.eq(word_ends),
+            bus.wdata.eq(sent.data),
+            bus.wstrb.eq(sent.strobes),
+            bus.wlast.eq(sent.last),
+            bus.wvalid.eq(beats.o.valid),
+            beats.o.ready.eq(bus.wready),
         ]
-        with m.If(~wvalid | bus.wready):
-            word_bytes = arch.bus_bytes >> lanes
-            enabled = Cat((lane == k).replicate(word_bytes) for k in range(1 << lanes))
-            word = queue.o.payload
-            m.d.sync += [
-                wvalid.eq(step),
-                wlast.eq(burst_ends),
-                w_ends_word.eq(word_ends),
-                wdata.eq(word.word_select(beat, arch.bus_bits) if beat_bits else word.replicate(1 << lanes)),
-                wstrb.eq(Mux(stopped, 0, enabled)),
-            ]
         with m.If(step):
             m.d.sync += beat.eq(beat + 1)
             with m.If(burst_ends):
@@ -252,7 +253,7 @@ class StoreDma(wiring.Component):
             done.eq(bus.bvalid & lasts.o.payload & ~bad_response & ~halted),
             error_stb.eq(refused | bad_response),
             cause.eq(Mux(bad_response, ErrorCause.BUS_WRITE, ErrorCause.REGION)),
-            stall.eq(self.busy & ~(bus.wvalid & bus.wready & w_ends_word)),
+            stall.eq(self.busy & ~(bus.wvalid & bus.wready & sent.ends_word)),
         ]
         with m.If(refused | bad_response):
             m.d.sync += halted.eq(1)

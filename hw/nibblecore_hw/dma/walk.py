@@ -282,8 +282,10 @@ class BurstIssue(wiring.Component):
         An instruction is in progress or a burst is in flight.
     refused : Out(1)
         The next burst would leave the region, and all before it have ended; stays until reset.
-    region, burst_region : Out(region_layout())
+    region : Out(region_layout())
         As in :class:`BurstWalk`.
+    burst_region : Out(region_layout())
+        The region of the burst whose address was raised last, for proofs.
     """
 
     i: Any
@@ -329,29 +331,35 @@ class BurstIssue(wiring.Component):
         valid = Signal()
         in_flight, after = Signal(range(self.arch.outstanding + 1)), Signal(range(self.arch.outstanding + 1))
         full, idle = Signal(), Signal(init=1)
+        address, words_m1 = Signal.like(self.a_addr, reset_less=True), Signal.like(self.burst.words_m1, reset_less=True)
         m.d.comb += [
-            walk.bursts.ready.eq(valid & self.a_ready),
+            # Registers of its own for the channel: the bus is far away, and whether it is ready would reach all of the
+            # walk.
+            walk.bursts.ready.eq(self.burst_stb),
             self.burst.eq(walk.bursts.payload),
             self.burst_stb.eq(walk.bursts.valid & ~valid & self.enable & ~full),
             after.eq(in_flight + self.burst_stb - self.finished_stb),
-            self.a_addr.eq(self.burst.addr),
+            self.a_addr.eq(address),
             # Words to beats, both minus 1: n words of b beats are n*b beats.
-            self.a_len.eq(Cat(Const(1).replicate(ceil_log2(self.arch.beats_per_word)), self.burst.words_m1)),
+            self.a_len.eq(Cat(Const(1).replicate(ceil_log2(self.arch.beats_per_word)), words_m1)),
             self.a_valid.eq(valid),
             self.idle.eq(idle),
             self.busy.eq(~walk.idle | ~idle),
             self.refused.eq(walk.refused & idle),
             self.region.eq(walk.region),
-            self.burst_region.eq(walk.burst_region),
         ]
+        with m.If(~valid):
+            m.d.sync += [
+                address.eq(self.burst.addr),
+                words_m1.eq(self.burst.words_m1),
+                self.burst_region.eq(walk.burst_region),
+            ]
         m.d.sync += [
             valid.eq(self.burst_stb | (valid & ~self.a_ready)),
             in_flight.eq(after),
             full.eq(after == self.arch.outstanding),
             idle.eq(after == 0),
         ]
-        if platform == "formal":
-            m.d.comb += Assert(~valid | walk.bursts.valid)
         return m
 
 

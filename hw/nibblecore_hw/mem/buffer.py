@@ -13,8 +13,8 @@ from amaranth.utils import ceil_log2
 
 from nibblecore.arch.config import MemoryKind
 
-from ..layouts import LAST_READ_LATENCY, read_port, write_port
-from ..registers import copies
+from ..layouts import LAST_READ_LATENCY, READ_LATENCY, read_port, write_port
+from ..registers import copies, delayed
 from ..technology import check_technology
 from .block import BlockMemory
 
@@ -65,19 +65,19 @@ class BankedBuffer(wiring.Component):
     the one with the lowest index wins. In a ``dual`` buffer one write, whatever its bank, goes on beside one read per
     bank: writers share a register, and the lower index wins. A ``single`` bank has one access, and every writer wins
     over every reader. ``ready`` depends combinationally on ``valid`` and ``addr`` of the ports that win over it, and
-    not on its own ``valid``; except that the last reader of a ``dual`` buffer is told by registers: it loses in the
-    cycle *after* the one in which another reader of its bank was granted.
+    not on its own ``valid``; except that the last reader of a ``dual`` buffer is told by registers: it loses two cycles
+    *after* the one in which another reader of its bank was granted.
 
     Read data stands in the cycle that begins :data:`~nibblecore_hw.layouts.LAST_READ_LATENCY` edges after the grant of
-    the last reader, and :data:`~nibblecore_hw.layouts.READ_LATENCY` edges, one more, after that of any other. There are
+    the last reader, and :data:`~nibblecore_hw.layouts.READ_LATENCY` edges, two more, after that of any other. There are
     registers before the memory, as its address is not chosen and brought there in one cycle; its own; the one at its
     output (:class:`~nibblecore_hw.mem.block.BlockMemory`); and one behind the choice of a bank.
 
     A read granted at a later edge than a write sees it; in a ``dual`` buffer the last reader's only two edges later, as
-    a write passes one register more. A word of a ``dual`` bank must not be read at the edge at which it is written,
-    that is, be granted to the last reader in the cycle after the write's grant, or to another one in the same cycle:
-    what is read then is undefined, so that no bypass has to be built around block RAM. Whoever schedules the clients
-    guarantees it; ``checks`` asserts it.
+    a write passes one register more, and that of another one also at the same edge. A word of a ``dual`` bank must not
+    be read at the edge at which it is written, that is, be granted to the last reader in the cycle after the write's
+    grant, or to another one in the cycle before it: what is read then is undefined, so that no bypass has to be built
+    around block RAM. Whoever schedules the clients guarantees it; ``checks`` asserts it.
 
     A ``dual`` bank becomes DP16KD alone on an ECP5. A ``single`` bank becomes SB_SPRAM256KA alone on an iCE40 when
     Yosys is told to drop the initial contents that Amaranth always writes, which SPRAM cannot have: ``proc; delete
@@ -111,7 +111,8 @@ class BankedBuffer(wiring.Component):
     conflicts : Out(readers)
         Bit i: reader i asks in this cycle and is not granted.
     last_ready_next : Out(banks)
-        Bit b: the last reader would be granted bank b in the next cycle. Only of a ``dual`` buffer, 0 otherwise.
+        Bit b: the last reader would be granted bank b in the next cycle. A register; only of a ``dual`` buffer, 0
+        otherwise.
 
     Raises
     ------
@@ -183,21 +184,23 @@ class BankedBuffer(wiring.Component):
             m.d.comb += port.ready.eq(~beaten(port, reads[:i] + ([] if is_dual else writes)))
         m.d.comb += self.conflicts.eq(Cat(port.valid & ~port.ready for port in reads))
 
-        # What stands before the registers of the banks. In a dual buffer, all readers but the last go through a
-        # register that says which bank each of them takes. Addresses of idle ports do not matter.
+        # What stands before the registers of the banks. In a dual buffer, all readers but the last go through two
+        # registers that say which bank each of them takes. Addresses of idle ports do not matter.
         addresses = [port.addr for port in reads]
         takes = [[wanted(port, b) & port.ready for b in range(self.banks)] for port in reads]
         if is_dual:
-            taken = Signal(self.banks)
             for i, port in enumerate(early):
-                addresses[i] = Signal.like(port.addr, name=f"address_{i}", reset_less=True)
-                held = Signal(self.banks, name=f"takes_{i}")
-                m.d.sync += [addresses[i].eq(port.addr), held.eq(Cat(takes[i]))]
-                takes[i] = list(held)
-            takes_next = Cat(_any([wanted(port, b) for port in early]) for b in range(self.banks))
-            m.d.comb += self.last_ready_next.eq(~takes_next)
-            m.d.sync += taken.eq(~self.last_ready_next)
-            m.d.comb += last.ready.eq(~taken.bit_select(bank_of(last.addr), 1))
+                addresses[i] = delayed(m, port.addr, 2, f"address_{i}")
+                takes[i] = list(delayed(m, Cat(takes[i]), 2, f"takes_{i}"))
+            free_next, free = (Signal(self.banks, name=n, init=-1, reset_less=True) for n in ("free_next", "free"))
+            m.d.sync += [
+                free_next.eq(~Cat(_any([wanted(port, b) for port in early]) for b in range(self.banks))),
+                free.eq(free_next),
+            ]
+            m.d.comb += [
+                self.last_ready_next.eq(free_next),
+                last.ready.eq(free.bit_select(bank_of(last.addr), 1)),
+            ]
         else:
             m.d.comb += last.ready.eq(~beaten(last, early + writes))
 
@@ -260,9 +263,7 @@ class BankedBuffer(wiring.Component):
         for i, (r, word) in enumerate(zip(reads, words, strict=True)):
             # In a single bank nobody waits before the memory, so behind it.
             if not is_dual and r is not last:
-                later = Signal(self.word_bits, name=f"later_{i}", reset_less=True)
-                m.d.sync += later.eq(word)
-                word = later
+                word = delayed(m, word, READ_LATENCY - LAST_READ_LATENCY, f"later_{i}")
             m.d.comb += r.data.eq(word)
         return m
 

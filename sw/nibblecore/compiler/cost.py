@@ -76,14 +76,14 @@ class CostParameters:
     mac_drain_dsp: int = 4
     mac_drain_levels: int = 3
     acc_hazard: int = 4
-    post_start: int = 9
+    post_start: int = 10
     post_end: int = 17
     post_end_add: int = 25
     post_end_raw: int = 8
-    pool_overhead: int = 15
+    pool_overhead: int = 16
     load_start: int = 4
     load_end: int = 2
-    store_start: int = 10
+    store_start: int = 11
     store_end: int = 1
     store_word: int = 3
     sequential_drain: int = 3
