@@ -203,17 +203,19 @@ class Accumulators(wiring.Component):
             kept = data.View(word, memories[0].read_data)
             keeps = [Signal(name=f"{n}{group}", reset_less=True) for n in ("kept", "keep")]
             m.d.sync += [keeps[0].eq(~begin.overwrite), keeps[1].eq(keeps[0])]
-            shifts, by_8 = (Signal(name=f"{n}{group}", reset_less=True) for n in ("shifts", "by_8"))
-            m.d.sync += [shifts.eq(begin.shift != 0), by_8.eq(begin.shift[1])]
+            # Each is the reset of one of the two operands, so both are registers.
+            shifts, stays, by_8 = (Signal(name=f"{n}{group}", reset_less=True) for n in ("shifts", "stays", "by_8"))
+            m.d.sync += [shifts.eq(begin.shift != 0), stays.eq(begin.shift == 0), by_8.eq(begin.shift[1])]
             for lane in range(arch.post_lanes):
                 column = group * arch.post_lanes + lane
                 product = self.sums[column]
                 straight = Signal(product.shape(), name=f"straight{column}", reset_less=True)
                 shifted = Signal(signed(len(product) + 8), name=f"shifted{column}", reset_less=True)
+                m.d.sync += [straight.eq(product), shifted.eq(Mux(by_8, product << 8, product << 4))]
                 with m.If(shifts):
-                    m.d.sync += [straight.eq(0), shifted.eq(Mux(by_8, product << 8, product << 4))]
-                with m.Else():
-                    m.d.sync += [straight.eq(product), shifted.eq(0)]
+                    m.d.sync += straight.eq(0)
+                with m.If(stays):
+                    m.d.sync += shifted.eq(0)
                 m.submodules[f"add{column}"] = adder = AccumulateAdder(bits=arch.acc_bits, technology=self._technology)
                 m.d.comb += [adder.kept.eq(kept[lane]), adder.keep.eq(keeps[1])]
                 m.d.comb += [adder.either[0].eq(straight), adder.either[1].eq(shifted)]

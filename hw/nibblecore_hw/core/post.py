@@ -55,7 +55,7 @@ class RecordStore(wiring.Component):
     Members
     -------
     start : In(1)
-        Load from ``addr``; ignored while loading.
+        Load from ``addr``. Not while loading.
     addr : In
         First word, looked at with ``start``.
     params : Out(read_port(...))
@@ -67,7 +67,7 @@ class RecordStore(wiring.Component):
     again : In(1)
         Give out ``again_record``, whatever ``group`` is.
     again_record : In(param_layout())
-        Taken with ``start``, for every lane.
+        Taken in the cycle after ``start``, for every lane.
     group : In(range(columns // post_lanes))
         Column group, columns ``group*post_lanes`` onwards.
     records : Out(ArrayLayout(param_layout(), post_lanes))
@@ -148,10 +148,10 @@ class RecordStore(wiring.Component):
         )
         with m.If(arrives):
             m.d.sync += [count.eq(count + 1), self.loaded.eq(count == words - 1)]
-        beginning = Signal()
-        m.d.comb += beginning.eq(self.start & ~requesting & ~pausing)
-        with m.If(beginning):
+        with m.If(self.start):
             m.d.sync += [requesting.eq(1), left.eq(words - 1), addr.eq(self.addr), count.eq(0), self.loaded.eq(0)]
+        # What writes `again_record` reaches every lane.
+        sets_again = copies(m, self.start, min(4, max(1, lanes // 2)), name="sets_again")
 
         word: Value = delayed(m, self.params.data, 1, "word")  # the weight buffer is far away
         if word_bits < PARAM_BITS:
@@ -166,10 +166,11 @@ class RecordStore(wiring.Component):
             m.submodules[f"records_{lane}"] = memory
             read, write = memory.read_port(), memory.write_port()
             first = lane % per_word * PARAM_BITS
+            sets = sets_again[lane * len(sets_again) // lanes]
             m.d.comb += [
-                write.addr.eq(Cat(beginning, Mux(beginning, 0, group))),
-                write.data.eq(Mux(beginning, self.again_record.as_value()[:used], word[first : first + used])),
-                write.en.eq(beginning | (complete & (slot == lane // per_word))),
+                write.addr.eq(Cat(sets, Mux(sets, 0, group))),
+                write.data.eq(Mux(sets, self.again_record.as_value()[:used], word[first : first + used])),
+                write.en.eq(sets | (complete & (slot == lane // per_word))),
                 read.addr.eq(Cat(self.again, Mux(self.again, 0, self.group))),
                 self.records[lane].as_value().eq(read.data),
             ]
@@ -565,10 +566,10 @@ class PostUnit(wiring.Component):
             passed.eq(requests.o.valid & requests.o.ready),
         ]
 
-        def arriving(value: Value, name: str, *, later: int = 0) -> Value:
+        def arriving(value: Value, name: str, *, later: int = 0, reset_less: bool = False) -> Value:
             """``value`` of a passing step, ``later`` cycles after the one in which its word arrives."""
             for i in range(READ_LATENCY + later):
-                stage = Signal(name=f"{name}_{i + 1}")
+                stage = Signal(name=f"{name}_{i + 1}", reset_less=reset_less)
                 m.d.sync += stage.eq(value)
                 value = stage
             return value
@@ -757,8 +758,11 @@ class PostUnit(wiring.Component):
 
         # One register per plane: POST shifts codes in, the parts of a brick alike; POOL keeps the largest code.
         is_tap = passed & is_pool
-        tap_arrives, tap_inside = arriving(is_tap, "tap_arrives"), arriving(step.inside, "tap_inside")
-        tap_first, tap_plane = arriving(step.first_tap, "tap_first"), arriving(~step.first_plane, "tap_plane")
+        tap_arrives = arriving(is_tap, "tap_arrives")
+        tap_inside, tap_first, tap_plane = (
+            arriving(value, f"tap_{name}", reset_less=True)
+            for name, value in (("inside", step.inside), ("first", step.first_tap), ("plane", ~step.first_plane))
+        )
         tap_last = arriving(is_tap & step.last_tap, "tap_last", later=1)
         # These reach every lane, and are registers for some lanes each.
         groups = min(4, max(1, lanes // 16))

@@ -126,7 +126,9 @@ class RoundShiftClamp(wiring.Component):
         ]
         inside = delayed(m, moved[:DIFFERENCE_BITS].as_signed(), 1, "inside")
         low, high = delayed(m, self.low, 1, "low"), delayed(m, self.high, 1, "high")
-        m.d.sync += self.out.eq(Mux(below, low, Mux(above, high, inside)))
+        out = Signal.like(self.out, reset_less=True)
+        m.d.sync += out.eq(Mux(below, low, Mux(above, high, inside)))
+        m.d.comb += self.out.eq(out)
         return m
 
     @staticmethod
@@ -272,8 +274,9 @@ class RequantLane(wiring.Component):
 
         # On the second pass the factors of the addition are the bias of nothing, as a register costs no LUT to reset,
         # and the differences take the place of the multiplier.
-        acc = Signal(self.acc.shape(), reset_less=True)
-        m.d.sync += [acc.eq(self.acc), self.sum.eq(acc + self.bias)]
+        acc, sum_ = Signal(self.acc.shape(), reset_less=True), Signal.like(self.sum, reset_less=True)
+        m.d.sync += [acc.eq(self.acc), sum_.eq(acc + self.bias)]
+        m.d.comb += self.sum.eq(sum_)
         with m.If(self.again):
             m.d.sync += acc.eq(0)
         mult = delayed(m, self.mult, 1, "mult")

@@ -304,9 +304,11 @@ class Fetch(wiring.Component):
                 by_end.eq(~bad & decoder.legal),
                 cause.eq(Mux(bad, ErrorCause.BUS_READ, ErrorCause.ILLEGAL_INSTRUCTION)),
             ]
-        # One that was counted before it was judged is not counted after all.
-        with m.If(complete | fails):
-            m.d.sync += index.eq(index + Mux(fails, -1, 1))
+        # One that was counted before it was judged is not counted after all, nor one that was while it was judged.
+        uncount = Signal(2, reset_less=True)
+        m.d.sync += uncount.eq(Mux(fails, 1 + complete, 0))
+        with m.If(complete | uncount.any()):
+            m.d.sync += index.eq(index + Mux(complete, 1, -uncount))
 
         m.d.comb += [taken.eq((self.queue & self.room).any()), self.progress_stb.eq(self.axi.rvalid | taken)]
         m.d.sync += self.error_stb.eq(0)

@@ -195,10 +195,10 @@ class BurstWalk(wiring.Component):
             check.limit.eq(limit),
             check.aligned.eq(aligned),
         ]
-        out_free = ~out | (out_ok & self.bursts.ready)
-        with m.If(out_free):
+        # A burst that is taken leaves room a cycle later, in which the next one is measured.
+        with m.If(out_ok & self.bursts.ready):
             m.d.sync += out.eq(0)
-        with m.If(active & advance & out_free):
+        with m.If(active & advance & ~out):
             m.d.sync += [
                 out.eq(1),
                 out_ok.eq(check.ok),

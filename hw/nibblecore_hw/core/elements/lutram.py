@@ -245,15 +245,17 @@ class TableFill(wiring.Component):
             else:
                 m.d.comb += taken[group].odd.eq(word[group].odd)
 
-        # The words of a block wait for the last one; then they are worked on while those of the next one come.
-        begins = Signal()
-        m.d.comb += begins.eq(is_column[-1])
+        # The words of a block wait for the last one; then they are worked on while those of the next one come. What
+        # says so is a register for some columns each, whatever those hold after power-up.
+        gates_count = min(4, max(1, groups * columns // _SUBTRACTERS_PER_GATE))
+        begins = is_column[-1]
+        begins_copies = copies(m, self.load_stb & (self.column == columns - 1), gates_count, name="begins")
         work = [register(f"work{n}") for n in range(columns)]
         for n in range(columns - 1):
             waiting = register(f"waiting{n}")
             with m.If(is_column[n]):
                 m.d.sync += waiting.eq(taken)
-            with m.If(begins):
+            with m.If(begins_copies[n * gates_count // columns]):
                 m.d.sync += work[n].eq(waiting)
         # Without a reset, as all here: it comes to its end, which a reset waits for.
         running = Signal(reset_less=True)
@@ -273,7 +275,6 @@ class TableFill(wiring.Component):
         # One subtracter per weight, with a register behind each.
         stb, place, stage_block = running, index, work_block
         place_next: Value = index_next
-        gates_count = min(4, max(1, groups * columns // _SUBTRACTERS_PER_GATE))
         values = [[work[n][group].start for n in range(columns)] for group in range(groups)]
         for lane in reversed(range(GROUP - 1)):
             differences: list[tuple[Value, Value, Value, Signal]] = []
