@@ -11,8 +11,8 @@ from nibblecore.arch.config import ArchConfig
 from nibblecore.arch.isa import LoadTarget, Opcode
 from nibblecore.arch.regs import ErrorCause
 
+from ..ctrl.queue import Queue
 from ..layouts import axi_read_signature, command_signature, instruction_layout, region_layout, write_port
-from ..registers import SkidBuffer
 from .axi import address_constants, is_error
 from .walk import DRAM_FIELDS, BurstIssue, WordWalk, burst_words, lane_bits
 
@@ -26,7 +26,7 @@ class LoadDma(wiring.Component):
 
         command ─► BurstIssue ─────────────────────────► AR
            └─────► WordWalk ─► address ─┐
-        R ─► beats to words ─► SkidBuffer ─► lane ─► activation or weight buffer
+        R ─► beats to words ─► Queue ─► lane ─► activation or weight buffer
 
     Addresses run ahead of data: the bursts of the next rows, planes and of the next instruction are sent while earlier
     data still arrives, up to ``arch.outstanding`` bursts in flight. See :class:`~.walk.BurstWalk` for how rows are cut.
@@ -169,20 +169,21 @@ class LoadDma(wiring.Component):
             self.idle.eq(issue.idle),
         ]
 
-        # R: beats to words (to whole beats where the bus is wider), with an error bit.
+        # R: beats to words (to whole beats where the bus is wider), with an error bit. What takes one reaches a counter
+        # of the queue, where it would reach all bits of a register.
         item_bits = max(arch.bus_bits, arch.word_bits)
-        m.submodules.skid = skid = SkidBuffer(shape=data.StructLayout({"bits": item_bits, "error": 1}))
+        m.submodules.items = items = Queue(shape=data.StructLayout({"bits": item_bits, "error": 1}), depth=4)
         error, complete = Signal(), Signal()
-        m.d.comb += [bus.rready.eq(skid.i.ready), skid.i.valid.eq(bus.rvalid & complete)]
+        m.d.comb += [bus.rready.eq(items.i.ready), items.i.valid.eq(bus.rvalid & complete)]
         if arch.beats_per_word == 1:
-            m.d.comb += [complete.eq(1), skid.i.payload.bits.eq(bus.rdata), error.eq(is_error(bus.rresp))]
+            m.d.comb += [complete.eq(1), items.i.payload.bits.eq(bus.rdata), error.eq(is_error(bus.rresp))]
         else:
             beat = Signal(range(arch.beats_per_word))
             early_beats = Signal(arch.word_bits - arch.bus_bits, reset_less=True)
             early_error = Signal()
             m.d.comb += [
                 complete.eq(beat == arch.beats_per_word - 1),
-                skid.i.payload.bits.eq(Cat(early_beats, bus.rdata)),
+                items.i.payload.bits.eq(Cat(early_beats, bus.rdata)),
                 error.eq(is_error(bus.rresp) | early_error),
             ]
             with m.If(bus.rvalid & bus.rready):
@@ -191,22 +192,22 @@ class LoadDma(wiring.Component):
                     early_beats.eq(Cat(early_beats, bus.rdata)[arch.bus_bits :]),
                     early_error.eq(error & ~complete),
                 ]
-        m.d.comb += skid.i.payload.error.eq(error)
+        m.d.comb += items.i.payload.error.eq(error)
 
         # Words to the buffers.
         lane = words.o.payload.lane
-        word = skid.o.payload.bits.word_select(lane, arch.word_bits) if len(lane) else skid.o.payload.bits
+        word = items.o.payload.bits.word_select(lane, arch.word_bits) if len(lane) else items.o.payload.bits
         usable, written, may_write = Signal(), Signal(), Signal()
         m.d.comb += [
-            usable.eq(skid.o.valid & words.o.valid & ~halted & ~skid.o.payload.error),
+            usable.eq(items.o.valid & words.o.valid & ~halted & ~items.o.payload.error),
             written.eq(
-                skid.o.valid
+                items.o.valid
                 & words.o.valid
-                & ~skid.o.payload.error
+                & ~items.o.payload.error
                 & may_write
                 & ((target == int(LoadTarget.ACTIVATIONS)) | self.weights.ready)
             ),
-            skid.o.ready.eq(written | halted),
+            items.o.ready.eq(written | halted),
             words.o.ready.eq(written),
         ]
         for port, number in ((self.act, LoadTarget.ACTIVATIONS), (self.weights, LoadTarget.WEIGHTS)):
@@ -229,8 +230,8 @@ class LoadDma(wiring.Component):
         else:
             m.d.comb += may_write.eq(~halted & ((target != to_activations) | self.act.ready))
         m.d.comb += [
-            refused.eq(issue.refused & ~skid.o.valid & ~halted),
-            bad_data.eq(skid.o.valid & skid.o.payload.error & words.o.valid & ~halted),
+            refused.eq(issue.refused & ~items.o.valid & ~halted),
+            bad_data.eq(items.o.valid & items.o.payload.error & words.o.valid & ~halted),
             self.busy.eq(waiting_valid | words.o.valid),
             self.done_stb.eq(done),
             self.error_stb.eq(error_stb),
@@ -241,7 +242,7 @@ class LoadDma(wiring.Component):
             done.eq(written & words.o.payload.last),
             error_stb.eq(refused | bad_data),
             cause.eq(Mux(bad_data, ErrorCause.BUS_READ, ErrorCause.REGION)),
-            stall.eq(self.busy & ~(skid.i.valid & skid.i.ready)),
+            stall.eq(self.busy & ~(items.i.valid & items.i.ready)),
         ]
         with m.If(refused | bad_data):
             m.d.sync += halted.eq(1)
