@@ -233,6 +233,7 @@ class WordFifo(wiring.Component):
         read, write = memory.read_port(), memory.write_port()
         head, tail = Signal(range(self._depth)), Signal(range(self._depth))
         level = Signal(range(self._depth + 1))
+        holds = Signal()  # level != 0, as a register
         fetch = Signal()
         m.d.comb += [
             write.addr.eq(head),
@@ -240,7 +241,7 @@ class WordFifo(wiring.Component):
             write.en.eq(self.i_en),
             read.addr.eq(tail),
             read.en.eq(fetch),
-            fetch.eq((level != 0) & (~self.o_valid | self.o_ready)),
+            fetch.eq(holds & (~self.o_valid | self.o_ready)),
             self.o_data.eq(read.data),
             self.o_valid_next.eq(fetch | (self.o_valid & ~self.o_ready)),
         ]
@@ -248,6 +249,7 @@ class WordFifo(wiring.Component):
             head.eq(head + self.i_en),
             tail.eq(tail + fetch),
             level.eq(level + self.i_en - fetch),
+            holds.eq(self.i_en | (holds & ~(fetch & (level == 1)))),
             self.o_valid.eq(self.o_valid_next),
             self.freed_stb.eq(fetch),
         ]

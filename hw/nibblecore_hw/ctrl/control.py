@@ -284,8 +284,10 @@ class Control(wiring.Component):
             self.irq.eq(supervisor.irq),
         ]
         # Registers, as these collect from all over the core; `finished` must not outlive the program it belongs to.
+        moved = Signal(len(moves))
         m.d.sync += [
-            supervisor.progress.eq(Cat(moves).any()),
+            moved.eq(Cat(moves)),
+            supervisor.progress.eq(moved.any()),
             supervisor.finished.eq(supervisor.running & Cat(*quiet, *idle).all()),
         ]
 

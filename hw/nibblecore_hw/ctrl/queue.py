@@ -13,7 +13,7 @@ class Queue(wiring.Component):
     """First in, first out, between two streams of the same shape; the items lie in LUT RAM.
 
     An item is at the output :attr:`LATENCY` cycle after it was taken, and one item per cycle passes. ``i.ready`` and
-    ``o.valid`` do not depend on anything of the same cycle. A reset empties the queue.
+    ``o.valid`` are registers. A reset empties the queue.
 
     Parameters
     ----------
@@ -69,20 +69,26 @@ class Queue(wiring.Component):
         )
         write, read = memory.write_port(), memory.read_port(domain="comb")
         addr_bits = (self._depth - 1).bit_length()
-        # One bit more than an address: equal pointers are an empty queue, pointers a whole depth apart a full one.
-        head, tail = Signal(addr_bits + 1), Signal(addr_bits + 1)
+        head, tail = Signal(addr_bits + 1), Signal(addr_bits + 1)  # one bit more than an address, for the level
+        valid, ready = Signal(), Signal(init=1)
+        pushes, pops = self.i.valid & ready, valid & self.o.ready
+        holds_one, has_one_place = ((a + 1)[:addr_bits] == b[:addr_bits] for a, b in ((head, tail), (tail, head)))
         m.d.comb += [
             self.level.eq((tail - head)[: addr_bits + 1]),
-            self.i.ready.eq((tail ^ head) != self._depth),
-            self.o.valid.eq(tail != head),
+            self.i.ready.eq(ready),
+            self.o.valid.eq(valid),
             write.addr.eq(tail[:addr_bits]),
             write.data.eq(self.i.payload),
-            write.en.eq(self.i.valid & self.i.ready),
+            write.en.eq(pushes),
             read.addr.eq(head[:addr_bits]),
             self.o.payload.eq(read.data),
         ]
-        with m.If(self.i.valid & self.i.ready):
+        m.d.sync += [
+            valid.eq(pushes | (valid & ~(pops & holds_one))),
+            ready.eq(pops | (ready & ~(pushes & has_one_place))),
+        ]
+        with m.If(pushes):
             m.d.sync += tail.eq(tail + 1)
-        with m.If(self.o.valid & self.o.ready):
+        with m.If(pops):
             m.d.sync += head.eq(head + 1)
         return m
