@@ -13,7 +13,7 @@ from nibblecore_hw.core.mac import MacEngine
 
 @pytest.mark.parametrize("name", ["small", "large"])
 @pytest.mark.parametrize(
-    "changes", [{}, {"element": "dsp"}, {"dsp_columns": 8}, {"adder_levels": 1}], ids=["plain", "dsp", "mix", "levels"]
+    "changes", [{}, {"element": "dsp"}, {"dsp_columns": 8}, {"adder_levels": 2}], ids=["plain", "dsp", "mix", "levels"]
 )
 def test_cycles_of_one_instruction(name: str, changes: dict[str, Any]) -> None:
     """Any tile: shorter than the load of its weights, and longer by an even and by an odd number of pixels."""

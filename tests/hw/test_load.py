@@ -207,8 +207,8 @@ def test_short_instructions() -> None:
     arch = make_arch(outstanding=16)
     memory = AxiMemory(size=SIZE, bus_bytes=arch.bus_bytes, seed=1, latency=(6, 6))
     run = run_load(arch, [isa.make(Opcode.LOAD, region=REGION)] * 4, memory, base=0, size=SIZE)
-    assert run.ar[1] - run.ar[0] == 3
-    assert run.commands[2:] == run.done[:2]
+    assert run.ar[1] - run.ar[0] == 4
+    assert run.commands[2:] == [cycle + 1 for cycle in run.done[:2]]
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -329,7 +329,7 @@ def test_stop_drains(stop_at: int) -> None:
     assert run.idle_at_end, note
     assert memory.in_flight == 0, note
     assert all(cycle <= stop_at for cycle in run.ar), note
-    assert all(cycle <= stop_at for cycle in run.commands), note
+    assert all(cycle <= stop_at + 1 for cycle in run.commands), note
     assert not run.errors, note
     everything = flat(expected(arch, load, memory.data, 0) for load in loads)
     assert run.writes == everything[: len(run.writes)], note

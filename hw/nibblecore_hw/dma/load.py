@@ -31,7 +31,7 @@ class LoadDma(wiring.Component):
     Addresses run ahead of data: the bursts of the next rows, planes and of the next instruction are sent while earlier
     data still arrives, up to ``arch.outstanding`` bursts in flight. See :class:`~.walk.BurstWalk` for how rows are cut.
 
-    Cycles, counted from the one in which ``command`` transfers, of an idle engine:
+    Cycles, counted from the one in which ``command`` transfers, the second one in which it is valid, of an idle engine:
 
     - the first ARVALID is :attr:`AR_LATENCY` cycles later, and one burst can follow every 2 cycles;
     - a word is written :attr:`WRITE_LATENCY` cycle after the one in which its last beat is taken, unless the write port
@@ -41,12 +41,12 @@ class LoadDma(wiring.Component):
       bursts and rows. R pauses for nobody else's sake where every burst has 2 words or more and ``outstanding`` bursts
       have as many beats as a burst takes from ARVALID to its last beat;
     - at most two instructions are in the engine: the next one is taken while the data of one arrive, its first address
-      follows the last of the one before by 3 cycles, and its words follow without a gap if L is not longer than the
-      words that are still to come; a third one is taken in the cycle of the first one's ``done_stb``.
+      follows the last of the one before by 4 cycles, and its words follow without a gap if L is not longer than the
+      words that are still to come; a third one is taken in the cycle behind the first one's ``done_stb``.
 
-    After an error, or once ``stop`` has been seen, the engine starts no burst, takes no command and writes nothing;
-    what is in flight is taken from the bus and dropped. Only a reset leads out of that, and must not come before
-    ``idle``.
+    After an error, or once ``stop`` has been seen, the engine starts no burst and writes nothing, and takes no command
+    from the second cycle on; what is in flight is taken from the bus and dropped. Only a reset leads out of that, and
+    must not come before ``idle``.
 
     Parameters
     ----------
@@ -132,11 +132,13 @@ class LoadDma(wiring.Component):
         # The DRAM side takes an instruction at once, the buffer side when it is through with the one before.
         waiting, waiting_target = Signal(words.i.payload.shape(), reset_less=True), Signal(1, reset_less=True)
         waiting_valid, target = Signal(), Signal(1, reset_less=True)
-        take = self.command.valid & self.command.ready
+        # A register: commands come from far away, and what takes one reaches all of its fields. A valid one stays.
+        take = Signal()
+        m.d.sync += take.eq(self.command.valid & ~take & issue.i.ready & ~waiting_valid & ~halted)
         m.d.comb += [
             issue.enable.eq(~stopped),
-            # Taken in the first cycle of a stop, an instruction comes to nothing all the same.
-            self.command.ready.eq(issue.i.ready & ~waiting_valid & ~halted),
+            # Taken in the first cycles of a stop, an instruction comes to nothing all the same.
+            self.command.ready.eq(take),
             issue.i.valid.eq(take),
             issue.i.payload.region.eq(self.region),
             *(issue.i.payload[name].eq(command[name]) for name in DRAM_FIELDS),

@@ -42,7 +42,7 @@ class StoreDma(wiring.Component):
     burst is offered at least one cycle after its address. WVALID is raised only for a beat whose word is there. See
     :class:`~.walk.BurstWalk` for how rows are cut.
 
-    Cycles, counted from the one in which ``command`` transfers, of an idle engine:
+    Cycles, counted from the one in which ``command`` transfers, the second one in which it is valid, of an idle engine:
 
     - the first AWVALID is :attr:`AW_LATENCY` cycles later, and one burst can follow every 2 cycles;
     - the first WVALID is :attr:`W_LATENCY` cycles later, if the buffer grants at once, and W goes on with a beat per
@@ -51,10 +51,12 @@ class StoreDma(wiring.Component):
     - ``done_stb`` comes one cycle after the last response was taken. So an instruction of n words takes ``W_LATENCY +
       n * beats_per_word + B + 1`` cycles, where B is the number of cycles from the last beat's transfer to its
       response's;
-    - a STORE that waits is taken in the cycle in which the last burst of the one before can be sent and its last word
-      is requested, whichever is later; its first address follows the last of the one before by 3 cycles at least.
+    - a STORE that waits is taken a cycle after the one in which the last burst of the one before can be sent and its
+      last word is requested, whichever is later; its first address follows the last of the one before by 4 cycles at
+      least.
 
-    After an error, or once ``stop`` has been seen, the engine starts no burst and takes no command; bursts that are in
+    After an error, or once ``stop`` has been seen, the engine starts no burst, and takes no command from the second
+    cycle on; bursts that are in
     flight are ended with beats that write nothing (WSTRB = 0; a beat that is being offered stays as it is, and one
     behind it). Only a reset leads out of that, and must not come before ``idle``.
 
@@ -133,11 +135,13 @@ class StoreDma(wiring.Component):
 
         # The DRAM side takes an instruction at once, the buffer side when it is through with the one before.
         waiting, waiting_valid = Signal(words.i.payload.shape(), reset_less=True), Signal()
-        take = self.command.valid & self.command.ready
+        # A register: commands come from far away, and what takes one reaches all of its fields. A valid one stays.
+        take = Signal()
+        m.d.sync += take.eq(self.command.valid & ~take & issue.i.ready & ~waiting_valid & ~halted)
         m.d.comb += [
             issue.enable.eq(~stopped),
-            # Taken in the first cycle of a stop, an instruction comes to nothing all the same.
-            self.command.ready.eq(issue.i.ready & ~waiting_valid & ~halted),
+            # Taken in the first cycles of a stop, an instruction comes to nothing all the same.
+            self.command.ready.eq(take),
             issue.i.valid.eq(take),
             issue.i.payload.region.eq(self.region),
             *(issue.i.payload[name].eq(command[name]) for name in DRAM_FIELDS),

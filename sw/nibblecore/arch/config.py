@@ -337,7 +337,7 @@ ARCHS: Final[dict[str, ArchConfig]] = {
             semaphore_bits=2,
             counters=False,
         ),
-        ArchConfig(name="small", lanes=16, columns=16, element="lutram2", weight_depth=1024),
+        ArchConfig(name="small", lanes=16, columns=16, element="lutram2", adder_levels=1, weight_depth=1024),
         _LARGE,
         _LARGE.replace(name="xlarge", columns=64, post_lanes=8),
     )

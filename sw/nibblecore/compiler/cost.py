@@ -81,9 +81,9 @@ class CostParameters:
     post_end_add: int = 25
     post_end_raw: int = 8
     pool_overhead: int = 16
-    load_start: int = 4
+    load_start: int = 5
     load_end: int = 2
-    store_start: int = 11
+    store_start: int = 12
     store_end: int = 1
     store_word: int = 3
     sequential_drain: int = 3
@@ -197,7 +197,7 @@ def timing(i: Instruction, arch: ArchConfig, cost: CostParameters = DEFAULT_COST
         idle = pass_cycles(arch, pixels, cost) - pixels  # behind the last pixel of the last pass
         late = cost.mac_drain_dsp if arch.paired_columns else 0
         if arch.adder_levels == 1 and arch.element not in ("generic", "dsp"):
-            late += cost.mac_drain_levels
+            late = max(late, cost.mac_drain_levels)  # `dsp` elements are the last columns, the others the first ones
         tail = cost.mac_drain + late + arch.columns // arch.post_lanes - 2 - idle
         gap = mac_gap(arch, cost) + record_cycles(arch, pixels, cost)
         return Timing(max(cost.mac_start, tile_cycles(arch)), busy, tail, gap)
