@@ -167,9 +167,9 @@ class LoadDma(wiring.Component):
             bus.arlen.eq(issue.a_len),
             bus.arvalid.eq(issue.a_valid),
             issue.a_ready.eq(bus.arready),
-            issue.finished_stb.eq(bus.rvalid & bus.rready & bus.rlast),
             self.idle.eq(issue.idle),
         ]
+        m.d.sync += issue.finished_stb.eq(bus.rvalid & bus.rready & bus.rlast)
 
         # R: beats to words (to whole beats where the bus is wider), with an error bit. What takes one reaches a counter
         # of the queue, where it would reach all bits of a register.
