@@ -313,7 +313,7 @@ def test_stop_drains(stop_at: int) -> None:
     note = f"{stop_at=} {lanes=} {bus_bits=}"
     assert run.idle_at_end, note
     assert memory.in_flight == 0, note
-    assert all(cycle <= stop_at for cycle in run.aw), note
+    assert all(cycle <= stop_at + 1 for cycle in run.aw), note
     assert all(cycle <= stop_at + 1 for cycle in run.commands), note
     assert not run.errors, note
     assert len(run.w) == sum(b.beats for b in memory.bursts), note

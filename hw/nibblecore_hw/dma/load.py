@@ -44,7 +44,7 @@ class LoadDma(wiring.Component):
       follows the last of the one before by 4 cycles, and its words follow without a gap if L is not longer than the
       words that are still to come; a third one is taken in the cycle behind the first one's ``done_stb``.
 
-    After an error, or once ``stop`` has been seen, the engine starts no burst and writes nothing, and takes no command
+    After an error, or once ``stop`` has been seen, the engine writes nothing, and starts no burst and takes no command
     from the second cycle on; what is in flight is taken from the bus and dropped. Only a reset leads out of that, and
     must not come before ``idle``.
 
@@ -125,9 +125,8 @@ class LoadDma(wiring.Component):
             addr_bits=ceil_log2(max(arch.act_depth, arch.weight_depth)), lane_bits=lane_bits(arch)
         )
         command = data.View(instruction_layout(Opcode.LOAD), self.command.payload)
-        halted, stopped = Signal(), Signal()
-        m.d.comb += stopped.eq(halted | self.stop)
-        m.d.sync += halted.eq(stopped)
+        halted = Signal()
+        m.d.sync += halted.eq(halted | self.stop)
 
         # The DRAM side takes an instruction at once, the buffer side when it is through with the one before.
         waiting, waiting_target = Signal(words.i.payload.shape(), reset_less=True), Signal(1, reset_less=True)
@@ -136,7 +135,7 @@ class LoadDma(wiring.Component):
         take = Signal()
         m.d.sync += take.eq(self.command.valid & ~take & issue.i.ready & ~waiting_valid & ~halted)
         m.d.comb += [
-            issue.enable.eq(~stopped),
+            issue.enable.eq(~halted),
             # Taken in the first cycles of a stop, an instruction comes to nothing all the same.
             self.command.ready.eq(take),
             issue.i.valid.eq(take),
@@ -171,21 +170,21 @@ class LoadDma(wiring.Component):
         ]
         m.d.sync += issue.finished_stb.eq(bus.rvalid & bus.rready & bus.rlast)
 
-        # R: beats to words (to whole beats where the bus is wider), with an error bit. What takes one reaches a counter
-        # of the queue, where it would reach all bits of a register.
-        item_bits = max(arch.bus_bits, arch.word_bits)
-        m.submodules.items = items = Queue(shape=data.StructLayout({"bits": item_bits, "error": 1}), depth=4)
-        error, complete = Signal(), Signal()
-        m.d.comb += [bus.rready.eq(items.i.ready), items.i.valid.eq(bus.rvalid & complete)]
+        # R: beats to words (to whole beats where the bus is wider). What takes one reaches a counter of the queue, not
+        # all bits of a register. Behind one with an error no other enters.
+        m.submodules.items = items = Queue(shape=max(arch.bus_bits, arch.word_bits), depth=2)
+        error, complete, failed = Signal(), Signal(), Signal()
+        m.d.comb += [bus.rready.eq(items.i.ready), items.i.valid.eq(bus.rvalid & complete & ~error & ~failed)]
+        m.d.sync += failed.eq(failed | (bus.rvalid & bus.rready & complete & error))
         if arch.beats_per_word == 1:
-            m.d.comb += [complete.eq(1), items.i.payload.bits.eq(bus.rdata), error.eq(is_error(bus.rresp))]
+            m.d.comb += [complete.eq(1), items.i.payload.eq(bus.rdata), error.eq(is_error(bus.rresp))]
         else:
             beat = Signal(range(arch.beats_per_word))
             early_beats = Signal(arch.word_bits - arch.bus_bits, reset_less=True)
             early_error = Signal()
             m.d.comb += [
                 complete.eq(beat == arch.beats_per_word - 1),
-                items.i.payload.bits.eq(Cat(early_beats, bus.rdata)),
+                items.i.payload.eq(Cat(early_beats, bus.rdata)),
                 error.eq(is_error(bus.rresp) | early_error),
             ]
             with m.If(bus.rvalid & bus.rready):
@@ -194,18 +193,16 @@ class LoadDma(wiring.Component):
                     early_beats.eq(Cat(early_beats, bus.rdata)[arch.bus_bits :]),
                     early_error.eq(error & ~complete),
                 ]
-        m.d.comb += items.i.payload.error.eq(error)
 
         # Words to the buffers.
         lane = words.o.payload.lane
-        word = items.o.payload.bits.word_select(lane, arch.word_bits) if len(lane) else items.o.payload.bits
+        word = items.o.payload.word_select(lane, arch.word_bits) if len(lane) else items.o.payload
         usable, written, may_write = Signal(), Signal(), Signal()
         m.d.comb += [
-            usable.eq(items.o.valid & words.o.valid & ~halted & ~items.o.payload.error),
+            usable.eq(items.o.valid & words.o.valid & ~halted),
             written.eq(
                 items.o.valid
                 & words.o.valid
-                & ~items.o.payload.error
                 & may_write
                 & ((target == int(LoadTarget.ACTIVATIONS)) | self.weights.ready)
             ),
@@ -227,13 +224,13 @@ class LoadDma(wiring.Component):
         # says so: it is far away.
         to_activations = int(LoadTarget.ACTIVATIONS)
         if arch.act_memory == "dual":
-            halts = stopped | refused | bad_data
+            halts = halted | self.stop | refused
             m.d.sync += may_write.eq(~halts & ((next_target != to_activations) | self.act_ready_next))
         else:
             m.d.comb += may_write.eq(~halted & ((target != to_activations) | self.act.ready))
         m.d.comb += [
             refused.eq(issue.refused & ~items.o.valid & ~halted),
-            bad_data.eq(items.o.valid & items.o.payload.error & words.o.valid & ~halted),
+            bad_data.eq(failed & ~items.o.valid & words.o.valid & ~halted),
             self.busy.eq(waiting_valid | words.o.valid),
             self.done_stb.eq(done),
             self.error_stb.eq(error_stb),
@@ -244,7 +241,7 @@ class LoadDma(wiring.Component):
             done.eq(written & words.o.payload.last),
             error_stb.eq(refused | bad_data),
             cause.eq(Mux(bad_data, ErrorCause.BUS_READ, ErrorCause.REGION)),
-            stall.eq(self.busy & ~(items.i.valid & items.i.ready)),
+            stall.eq(self.busy & ~(bus.rvalid & complete & bus.rready)),
         ]
         with m.If(refused | bad_data):
             m.d.sync += halted.eq(1)

@@ -20,7 +20,6 @@ from ..layouts import (
     read_port,
     region_layout,
 )
-from ..registers import SkidBuffer
 from .axi import address_constants, is_error
 from .walk import DRAM_FIELDS, BurstIssue, WordWalk, burst_words, lane_bits
 
@@ -56,9 +55,8 @@ class StoreDma(wiring.Component):
       least.
 
     After an error, or once ``stop`` has been seen, the engine starts no burst, and takes no command from the second
-    cycle on; bursts that are in
-    flight are ended with beats that write nothing (WSTRB = 0; a beat that is being offered stays as it is, and one
-    behind it). Only a reset leads out of that, and must not come before ``idle``.
+    cycle on; bursts that are in flight are ended with beats that write nothing (WSTRB = 0; a beat that is being offered
+    stays as it is, and one behind it). Only a reset leads out of that, and must not come before ``idle``.
 
     Parameters
     ----------
@@ -129,9 +127,8 @@ class StoreDma(wiring.Component):
         m.submodules.issue = issue = BurstIssue(arch=arch)
         m.submodules.words = words = WordWalk(addr_bits=ceil_log2(arch.act_depth))
         command = data.View(instruction_layout(Opcode.STORE), self.command.payload)
-        halted, stopped = Signal(), Signal()
-        m.d.comb += stopped.eq(halted | self.stop)
-        m.d.sync += halted.eq(stopped)
+        halted = Signal()
+        m.d.sync += halted.eq(halted | self.stop)
 
         # The DRAM side takes an instruction at once, the buffer side when it is through with the one before.
         waiting, waiting_valid = Signal(words.i.payload.shape(), reset_less=True), Signal()
@@ -139,7 +136,7 @@ class StoreDma(wiring.Component):
         take = Signal()
         m.d.sync += take.eq(self.command.valid & ~take & issue.i.ready & ~waiting_valid & ~halted)
         m.d.comb += [
-            issue.enable.eq(~stopped),
+            issue.enable.eq(~halted),
             # Taken in the first cycles of a stop, an instruction comes to nothing all the same.
             self.command.ready.eq(take),
             issue.i.valid.eq(take),
@@ -159,14 +156,16 @@ class StoreDma(wiring.Component):
         # Words from the buffer; `claimed` counts those that are asked for or read, and not yet used.
         m.submodules.queue = queue = Queue(shape=arch.word_bits, depth=self.QUEUE_WORDS)
         claimed, arriving = Signal(range(self.QUEUE_WORDS + 1)), Signal(READ_LATENCY)
-        room = Signal(init=1)  # claimed != QUEUE_WORDS
+        room, room_next = Signal(init=1), Signal()  # claimed != QUEUE_WORDS
+        may_ask = Signal()  # room, and not halted, as a register
         asked, granted, used = Signal(), Signal(), Signal()
         # Requests come from registers, as they decide whether others are granted theirs.
         request = Signal()
         m.d.comb += [
             self.act.valid.eq(request),
             granted.eq(request & self.act.ready),
-            words.o.ready.eq((~request | self.act.ready) & room & ~halted),
+            words.o.ready.eq((~request | self.act.ready) & may_ask),
+            room_next.eq(Mux(asked & ~used, claimed != self.QUEUE_WORDS - 1, room | used)),
             asked.eq(words.o.valid & words.o.ready),
             used.eq(queue.o.valid & queue.o.ready),
             queue.i.valid.eq(arriving[-1]),
@@ -176,7 +175,8 @@ class StoreDma(wiring.Component):
             request.eq(asked | (request & ~self.act.ready)),
             arriving.eq(Cat(granted, arriving)),
             claimed.eq(claimed + asked - used),
-            room.eq(Mux(asked & ~used, claimed != self.QUEUE_WORDS - 1, room | used)),
+            room.eq(room_next),
+            may_ask.eq(room_next & ~halted),
         ]
         with m.If(asked):
             m.d.sync += self.act.addr.eq(words.o.payload.addr)
@@ -201,13 +201,14 @@ class StoreDma(wiring.Component):
             lasts.i.payload.eq(issue.burst.last),
         ]
 
-        # W: words to beats. Once stopped, beats need no word and write nothing.
+        # W: words to beats. Once halted, beats need no word and write nothing.
         beat_bits = ceil_log2(arch.beats_per_word)
         number = Signal(len(bursts.o.payload.words_m1))
         beat, word_ends, burst_ends = Signal(beat_bits), Signal(), Signal()
-        # Whether the bus is ready ends here: it would reach all of the counters.
-        m.submodules.beats = beats = SkidBuffer(
-            shape=data.StructLayout({"data": arch.bus_bits, "strobes": arch.bus_bytes, "last": 1, "ends_word": 1})
+        # Whether the bus is ready ends here, at a counter: it would reach all of the others, or all bits of a register.
+        m.submodules.beats = beats = Queue(
+            shape=data.StructLayout({"data": arch.bus_bits, "strobes": arch.bus_bytes, "last": 1, "ends_word": 1}),
+            depth=2,
         )
         offered, sent = beats.i.payload, beats.o.payload
         word_bytes = arch.bus_bytes >> lanes
@@ -215,14 +216,14 @@ class StoreDma(wiring.Component):
         lane = (bursts.o.payload.lane + number)[:lanes]
         step = Signal()
         m.d.comb += [
-            step.eq(beats.i.ready & bursts.o.valid & (queue.o.valid | stopped)),
+            step.eq(beats.i.ready & bursts.o.valid & (queue.o.valid | halted)),
             word_ends.eq(beat == arch.beats_per_word - 1),
             burst_ends.eq(word_ends & (number == bursts.o.payload.words_m1)),
             queue.o.ready.eq(step & word_ends),
             bursts.o.ready.eq(step & burst_ends),
-            beats.i.valid.eq(bursts.o.valid & (queue.o.valid | stopped)),
+            beats.i.valid.eq(bursts.o.valid & (queue.o.valid | halted)),
             offered.data.eq(word.word_select(beat, arch.bus_bits) if beat_bits else word.replicate(1 << lanes)),
-            offered.strobes.eq(Mux(stopped, 0, Cat((lane == k).replicate(word_bytes) for k in range(1 << lanes)))),
+            offered.strobes.eq(Mux(halted, 0, Cat((lane == k).replicate(word_bytes) for k in range(1 << lanes)))),
             offered.last.eq(burst_ends),
             offered.ends_word.eq(word_ends),
             bus.wdata.eq(sent.data),
