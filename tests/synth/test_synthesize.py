@@ -229,13 +229,13 @@ def test_a_target_that_is_missed_is_lowered_and_wires_that_are_short_are_saved(t
     missed = run._TargetMissed("missed")
     stuck = run.DoesNotRoute("tiny (core)", 7, 12, 30)
     promise = "Info: Max frequency for clock 'a': 100.00 MHz (FAIL at 120.00 MHz)\n"
-    _, *routing = place(tmp_path, promise, missed, missed, stuck)
+    _, *routing = place(tmp_path, promise, missed, stuck, stuck)
     target = 100 * run.REPAIR_SHARE
     targets = [float(command[command.index("--freq") + 1]) / target for command in routing]
     assert targets == pytest.approx([1, run.TARGET_STEP, run.TARGET_STEP**2, run.TARGET_STEP**2])
     assert ["--tmg-ripup" in command for command in routing] == [True, True, True, False]
     with pytest.raises(run.DoesNotRoute):
-        place(tmp_path, promise, stuck, stuck)
+        place(tmp_path, promise, stuck, stuck, stuck)
 
 
 def test_a_placement_that_promises_nothing_is_an_error(tmp_path: Path) -> None:

@@ -501,8 +501,9 @@ def _place_then_route(
     """nextpnr twice: the second run routes what the first one has placed, towards what the placement promises in MHz,
     or ``frequency_mhz`` where that is less.
 
-    Where the router ends all conflicts, but never meets this target, it runs once more with a lower one. Where it does
-    not end them, it runs once more without ``--tmg-ripup``, which takes more wires. ``again`` is called before each.
+    Where the router ends all conflicts, but never meets this target, it runs once more with a lower one. So it does
+    where it does not end them, and the second time without ``--tmg-ripup``, which takes more wires. ``again`` is called
+    before each.
 
     Raises
     ------
@@ -524,6 +525,7 @@ def _place_then_route(
     command = [device.nextpnr, *kept, "--timing-allow-fail", "--seed", str(seed), "--json", placed]
     command += ["--no-pack", "--no-place", "--router", "router2", "--report", f"report{seed}.json"]
     target, repair = min(REPAIR_SHARE * min(promised), frequency_mhz), ["--tmg-ripup"]
+    was_stuck = False
     while True:
         content = json.loads((folder / placed).read_text())
         # A design that is read brings its settings with it, and they win over the command's.
@@ -540,7 +542,10 @@ def _place_then_route(
         except DoesNotRoute:
             if not repair:
                 raise
-            repair = []
+            if was_stuck:
+                repair = []
+            else:
+                target, was_stuck = target * TARGET_STEP, True
         usage += _Usage(seconds=time.monotonic() - began)
 
 
