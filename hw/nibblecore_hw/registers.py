@@ -40,6 +40,10 @@ class SkidBuffer(wiring.Component):
     ----------
     shape : ShapeLike
         Shape of an item.
+    groups : int
+        The bits of an item are cut into so many groups, 1..4, which have registers of their own for what lets them go
+        on: for items of so many bits that one register would be far from most of them. No item may come in the cycle
+        behind a reset.
 
     Members
     -------
@@ -52,22 +56,41 @@ class SkidBuffer(wiring.Component):
     i: Any
     o: Any
 
-    def __init__(self, *, shape: ShapeLike) -> None:
+    def __init__(self, *, shape: ShapeLike, groups: int = 1) -> None:
+        if groups not in range(1, 5):
+            raise ValueError(f"groups must be in 1..4, not {groups!r}")
+        self._groups = groups
         super().__init__({"i": In(stream.Signature(shape)), "o": Out(stream.Signature(shape))})
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        shape = self.i.payload.shape()
-        out, kept = Signal(shape, reset_less=True), Signal(shape, reset_less=True)
+        groups = self._groups
+        payload = Value.cast(self.i.payload)
+        out, kept = Signal(len(payload), reset_less=True), Signal(len(payload), reset_less=True)
         out_valid, kept_valid = Signal(), Signal()
-        m.d.comb += [self.i.ready.eq(~kept_valid), self.o.valid.eq(out_valid), self.o.payload.eq(out)]
-        with m.If(~out_valid | self.o.ready):
-            m.d.sync += [out.eq(Mux(kept_valid, kept, self.i.payload)), out_valid.eq(kept_valid | self.i.valid)]
-            m.d.sync += kept_valid.eq(0)
-        with m.Elif(self.i.valid):
-            m.d.sync += kept_valid.eq(1)
-        with m.If(~kept_valid):
-            m.d.sync += kept.eq(self.i.payload)
+        waits = Signal()
+        out_valid_next, kept_valid_next = Signal(), Signal()
+        m.d.comb += [
+            self.i.ready.eq(~kept_valid),
+            self.o.valid.eq(out_valid),
+            Value.cast(self.o.payload).eq(out),
+            waits.eq(out_valid & ~self.o.ready),
+            out_valid_next.eq(waits | kept_valid | self.i.valid),
+            kept_valid_next.eq(waits & (kept_valid | self.i.valid)),
+        ]
+        m.d.sync += [out_valid.eq(out_valid_next), kept_valid.eq(kept_valid_next)]
+        out_valids, kept_valids = (
+            [register] if groups == 1 else copies(m, following, groups, name=name)
+            for register, following, name in (
+                (out_valid, out_valid_next, "out_valid"), (kept_valid, kept_valid_next, "kept_valid")
+            )
+        )  # fmt: skip
+        for n, (here, there) in enumerate(zip(out_valids, kept_valids, strict=True)):
+            part = slice(n * len(payload) // groups, (n + 1) * len(payload) // groups)
+            with m.If(~here | self.o.ready):
+                m.d.sync += out[part].eq(Mux(there, kept[part], payload[part]))
+            with m.If(~there):
+                m.d.sync += kept[part].eq(payload[part])
         return m
 
 

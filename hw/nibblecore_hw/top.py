@@ -36,6 +36,7 @@ from .dma.store import StoreDma
 from .layouts import axi_lite_signature, axi_read_signature, axi_write_signature
 from .mem.buffer import BankedBuffer
 from .mem.sequential import SequentialBuffer
+from .registers import copies
 
 
 def _flat(prefix: str, *signatures: Signature) -> dict[str, Any]:
@@ -105,8 +106,8 @@ class Accelerator(wiring.Component):
         )
         mac = SequentialMac(arch) if arch.sequential else MacEngine(arch, technology=self.technology)
         # A register for each unit, as a reset reaches hundreds of flip-flops. Yosys makes one of registers that are the
-        # same, so one begins with a reset, and one holds the opposite.
-        mac_reset, post_runs, dma_reset = Signal(init=1), Signal(init=1), Signal(init=1)
+        # same, so one holds the opposite.
+        mac_reset, post_runs = Signal(init=1), Signal(init=1)
         if isinstance(mac, MacEngine):
             # It takes no command until its pipelines have run empty.
             left = Signal(range(mac.reset_cycles), init=mac.reset_cycles - 1)
@@ -116,8 +117,10 @@ class Accelerator(wiring.Component):
                 m.d.sync += [left.eq(left - mac_reset), mac_reset.eq(mac_reset & left.any())]
         else:
             m.d.comb += mac_reset.eq(control.core_reset)
-        direct = m.d.comb if arch.sequential else m.d.sync
-        direct += [post_runs.eq(~control.core_reset), dma_reset.eq(control.core_reset)]
+        if arch.sequential:
+            m.d.comb += post_runs.eq(~control.core_reset)
+        else:
+            m.d.sync += post_runs.eq(~control.core_reset)
         post = SequentialPost(arch) if arch.sequential else PostUnit(arch, technology=self.technology)
         m.submodules.mac = ResetInserter(mac_reset)(mac)
         m.submodules.post = ResetInserter(~post_runs)(post)
@@ -130,8 +133,7 @@ class Accelerator(wiring.Component):
         m.submodules.activations = activations
         m.submodules.weights = weights
 
-        fresh = ResetInserter(dma_reset)
-        dma = self._one_dma(m, fresh, control) if arch.sequential else self._two_dmas(m, fresh, control, post)
+        dma = self._one_dma(m, control) if arch.sequential else self._two_dmas(m, control, post)
 
         # Buffers, in order of priority: whoever asks less often wins.
         for client, port in zip((dma.act_read, post.act_read, mac.x), activations.reads, strict=True):
@@ -188,11 +190,12 @@ class Accelerator(wiring.Component):
             banks=banks, word_bits=self.arch.word_bits, technology=self.technology, checks=self.checks, **parameters
         )
 
-    def _two_dmas(self, m: Module, fresh: ResetInserter, control: Any, post: Any) -> "_Dma":
+    def _two_dmas(self, m: Module, control: Any, post: Any) -> "_Dma":
         """Engines of their own for LOAD and STORE."""
         load, store = LoadDma(arch=self.arch), StoreDma(arch=self.arch)
-        m.submodules.load = fresh(load)
-        m.submodules.store = fresh(store)
+        load_reset, store_reset = copies(m, control.core_reset, 2, name="dma_reset")
+        m.submodules.load = ResetInserter(load_reset)(load)
+        m.submodules.store = ResetInserter(store_reset)(store)
         m.d.comb += load.act_ready_next.eq(~post.act_write_next)
         for port, unit, stall in (
             (control.load, load, control.stalls.load_bus),
@@ -211,9 +214,9 @@ class Accelerator(wiring.Component):
             ]
         return _Dma(load.act, load.weights, store.act, load.bus, store.bus)
 
-    def _one_dma(self, m: Module, fresh: ResetInserter, control: Any) -> "_Dma":
+    def _one_dma(self, m: Module, control: Any) -> "_Dma":
         """One for both."""
-        m.submodules.dma = fresh(dma := SequentialDma(arch=self.arch))
+        m.submodules.dma = ResetInserter(control.core_reset)(dma := SequentialDma(arch=self.arch))
         m.d.comb += [dma.stop.eq(control.stop), dma.region.eq(control.load.region)]
         for n, (port, command, stall) in enumerate(
             (

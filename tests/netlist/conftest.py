@@ -119,9 +119,9 @@ class BlockMemories(wiring.Component):
         return m
 
 
-def small(element: str) -> ArchConfig:
-    return ArchConfig(name="t", lanes=4, columns=4, post_lanes=2, element=element, acc_depth=16, act_depth=256,
-                      weight_depth=256)  # fmt: skip
+def small(element: str, *, lanes: int = 4, columns: int = 4) -> ArchConfig:
+    return ArchConfig(name="t", lanes=lanes, columns=columns, post_lanes=2, element=element, acc_depth=16,
+                      act_depth=256, weight_depth=256)  # fmt: skip
 
 
 def buffer(**arguments: Any) -> Callable[[str], BankedBuffer]:
@@ -141,6 +141,8 @@ COMPONENTS: dict[str, Callable[[str], Any]] = {
         )
         for kind in ELEMENT_WEIGHT_RANGE
     },
+    # So many entries that what gates them is in several registers, some of which hold the opposite.
+    "wide_array": lambda technology: SystolicArray(small("lutram2", lanes=8, columns=32), technology=technology),
     "requantizer": lambda technology: RequantLane(acc_bits=24, technology=technology),
     "sum_of_products": lambda technology: SumOfProducts(keep=True),
     # Groups whose sums come at different times, and so wide that accumulators wrap.
@@ -199,7 +201,7 @@ def sum_of_products() -> type[SumOfProducts]:
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     device = get_device(request.param)
     # The ECP5 has no memory of one port; the shapes of memories are those of its block RAM, whose model is ours.
-    others = ("memories",) if device.family == "ice40" else ("buffer_single", "sequential_single")
+    others = ("memories", "wide_array") if device.family == "ice40" else ("buffer_single", "sequential_single")
     names = [name for name in COMPONENTS if not name.startswith(others)]
     netlists = [make_netlist(COMPONENTS[name](device.technology), device, name=name) for name in names]
     (bitplane,) = (n for n in netlists if n.name == "element_bitplane")

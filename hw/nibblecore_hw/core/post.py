@@ -688,13 +688,15 @@ class PostUnit(wiring.Component):
             else 0
         )
         # The memories' words come two cycles behind their address. A register follows the choice of a step's part, and
-        # one what is made of it: the address moves on four before the last step.
-        step_read, operand_used = counted(valid[self._CODE - 4], "step_read")
-        using_up, used_up, raw_used = Signal(), Signal(), Signal()
-        m.d.comb += using_up.eq(operand_used | raw_used)
+        # one what is made of it: the address moves on four before the last step, told by a register.
+        assert self._SUM < self._CODE - 5  # none of RAW32
+        step_read, operand_used = counted(valid[self._CODE - 5], "step_read")
+        using_up, used_up = Signal(), Signal()
         m.d.sync += [
-            raw_used.eq(raw & ends_brick), operand_tail.eq(operand_tail + using_up), used_up.eq(using_up)
-        ]  # fmt: skip
+            using_up.eq(operand_used | (raw & ends_brick)),
+            operand_tail.eq(operand_tail + using_up),
+            used_up.eq(using_up),
+        ]
         # Second passes begin in one phase, and accumulators enter in the other one.
         assert RequantLane.AGAIN_LATENCY % 2 == 1
         again = Signal()
@@ -716,7 +718,7 @@ class PostUnit(wiring.Component):
         step_bits = ceil_log2(steps)
         operand_steps: list[Value] = [Const(0, 1)] * 2
         if steps > 1:
-            operand_steps = copies(m, delayed(m, step_read[:step_bits], 1, "operand_step"), 2, name="operand_step")
+            operand_steps = copies(m, delayed(m, step_read[:step_bits], 2, "operand_step"), 2, name="operand_step")
         if partial:
             # Which group of the brick a step of this part is.
             operand_steps = [Cat(operand_step[:step_bits], part) for operand_step in operand_steps]

@@ -79,7 +79,9 @@ class Queue(wiring.Component):
             self.o.valid.eq(valid),
             write.addr.eq(tail[:addr_bits]),
             write.data.eq(self.i.payload),
-            write.en.eq(pushes),
+            # Whenever there is room, as only a push makes it an item: a register enables all of the memory, and what is
+            # at `i.valid` reaches counters alone.
+            write.en.eq(ready),
             read.addr.eq(head[:addr_bits]),
             self.o.payload.eq(read.data),
         ]

@@ -14,7 +14,7 @@ from nibblecore.arch.regs import ErrorCause
 from ..ctrl.queue import Queue
 from ..layouts import axi_read_signature, command_signature, instruction_layout, region_layout, write_port
 from .axi import address_constants, is_error
-from .walk import DRAM_FIELDS, BurstIssue, WordWalk, burst_words, lane_bits
+from .walk import DRAM_FIELDS, BurstIssue, WordWalk, burst_words, lane_bits, taking
 
 __all__ = ["LoadDma"]
 
@@ -131,13 +131,9 @@ class LoadDma(wiring.Component):
         # The DRAM side takes an instruction at once, the buffer side when it is through with the one before.
         waiting, waiting_target = Signal(words.i.payload.shape(), reset_less=True), Signal(1, reset_less=True)
         waiting_valid, target = Signal(), Signal(1, reset_less=True)
-        # A register: commands come from far away, and what takes one reaches all of its fields. A valid one stays.
-        take = Signal()
-        m.d.sync += take.eq(self.command.valid & ~take & issue.i.ready & ~waiting_valid & ~halted)
+        take = taking(m, self.command, issue.i.ready & ~waiting_valid & ~halted)
         m.d.comb += [
             issue.enable.eq(~halted),
-            # Taken in the first cycles of a stop, an instruction comes to nothing all the same.
-            self.command.ready.eq(take),
             issue.i.valid.eq(take),
             issue.i.payload.region.eq(self.region),
             *(issue.i.payload[name].eq(command[name]) for name in DRAM_FIELDS),

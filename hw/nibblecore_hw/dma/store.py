@@ -20,8 +20,9 @@ from ..layouts import (
     read_port,
     region_layout,
 )
+from ..registers import SkidBuffer
 from .axi import address_constants, is_error
-from .walk import DRAM_FIELDS, BurstIssue, WordWalk, burst_words, lane_bits
+from .walk import DRAM_FIELDS, BurstIssue, WordWalk, burst_words, lane_bits, taking
 
 __all__ = ["StoreDma"]
 
@@ -56,7 +57,7 @@ class StoreDma(wiring.Component):
 
     After an error, or once ``stop`` has been seen, the engine starts no burst, and takes no command from the second
     cycle on; bursts that are in flight are ended with beats that write nothing (WSTRB = 0; a beat that is being offered
-    stays as it is, and one behind it). Only a reset leads out of that, and must not come before ``idle``.
+    stays as it is, and the two behind it). Only a reset leads out of that, and must not come before ``idle``.
 
     Parameters
     ----------
@@ -127,18 +128,15 @@ class StoreDma(wiring.Component):
         m.submodules.issue = issue = BurstIssue(arch=arch)
         m.submodules.words = words = WordWalk(addr_bits=ceil_log2(arch.act_depth))
         command = data.View(instruction_layout(Opcode.STORE), self.command.payload)
-        halted = Signal()
-        m.d.sync += halted.eq(halted | self.stop)
+        halted, writes_halted = Signal(), Signal()
+        # W's part is far away, and what it ends it may end a cycle later.
+        m.d.sync += [halted.eq(halted | self.stop), writes_halted.eq(halted)]
 
         # The DRAM side takes an instruction at once, the buffer side when it is through with the one before.
         waiting, waiting_valid = Signal(words.i.payload.shape(), reset_less=True), Signal()
-        # A register: commands come from far away, and what takes one reaches all of its fields. A valid one stays.
-        take = Signal()
-        m.d.sync += take.eq(self.command.valid & ~take & issue.i.ready & ~waiting_valid & ~halted)
+        take = taking(m, self.command, issue.i.ready & ~waiting_valid & ~halted)
         m.d.comb += [
             issue.enable.eq(~halted),
-            # Taken in the first cycles of a stop, an instruction comes to nothing all the same.
-            self.command.ready.eq(take),
             issue.i.valid.eq(take),
             issue.i.payload.region.eq(self.region),
             *(issue.i.payload[name].eq(command[name]) for name in DRAM_FIELDS),
@@ -205,10 +203,10 @@ class StoreDma(wiring.Component):
         beat_bits = ceil_log2(arch.beats_per_word)
         number = Signal(len(bursts.o.payload.words_m1))
         beat, word_ends, burst_ends = Signal(beat_bits), Signal(), Signal()
-        # Whether the bus is ready ends here, at a counter: it would reach all of the others, or all bits of a register.
-        m.submodules.beats = beats = Queue(
+        # Whether the bus is ready ends here: no counter hears of it, and each lane of 32 bits by a register of its own.
+        m.submodules.beats = beats = SkidBuffer(
             shape=data.StructLayout({"data": arch.bus_bits, "strobes": arch.bus_bytes, "last": 1, "ends_word": 1}),
-            depth=2,
+            groups=min(4, max(1, arch.bus_bits // 32)),
         )
         offered, sent = beats.i.payload, beats.o.payload
         word_bytes = arch.bus_bytes >> lanes
@@ -216,14 +214,16 @@ class StoreDma(wiring.Component):
         lane = (bursts.o.payload.lane + number)[:lanes]
         step = Signal()
         m.d.comb += [
-            step.eq(beats.i.ready & bursts.o.valid & (queue.o.valid | halted)),
+            step.eq(beats.i.valid & beats.i.ready),
             word_ends.eq(beat == arch.beats_per_word - 1),
             burst_ends.eq(word_ends & (number == bursts.o.payload.words_m1)),
             queue.o.ready.eq(step & word_ends),
             bursts.o.ready.eq(step & burst_ends),
-            beats.i.valid.eq(bursts.o.valid & (queue.o.valid | halted)),
+            beats.i.valid.eq(bursts.o.valid & (queue.o.valid | writes_halted)),
             offered.data.eq(word.word_select(beat, arch.bus_bits) if beat_bits else word.replicate(1 << lanes)),
-            offered.strobes.eq(Mux(halted, 0, Cat((lane == k).replicate(word_bytes) for k in range(1 << lanes)))),
+            offered.strobes.eq(
+                Mux(writes_halted, 0, Cat((lane == k).replicate(word_bytes) for k in range(1 << lanes)))
+            ),
             offered.last.eq(burst_ends),
             offered.ends_word.eq(word_ends),
             bus.wdata.eq(sent.data),

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from amaranth import Assert, Cat, Const, Module, Mux, Signal
+from amaranth import Assert, Cat, Const, Module, Mux, Signal, Value
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2
@@ -22,6 +22,7 @@ __all__ = [
     "burst_words",
     "dram_signature",
     "lane_bits",
+    "taking",
 ]
 
 _FIELDS = {f.name: f for f in INSTRUCTIONS[Opcode.STORE].fields}
@@ -54,6 +55,18 @@ def dram_signature() -> stream.Signature:
     """The DRAM side of a LOAD or STORE, as encoded, with its region; a transfer starts the instruction."""
     fields = {name: _FIELDS[name].bits for name in DRAM_FIELDS}
     return stream.Signature(data.StructLayout({"region": region_layout(), **fields}))
+
+
+def taking(m: Module, command: Any, may: Value) -> Signal:
+    """``command.ready`` of an engine, and the register behind it: a cycle after ``command.valid`` and ``may``.
+
+    Commands come from far away, and what takes one reaches all of its fields. A valid one stays; one that is taken in
+    the first cycles of a stop comes to nothing all the same.
+    """
+    take = Signal(name="take")
+    m.d.sync += take.eq(command.valid & ~take & may)
+    m.d.comb += command.ready.eq(take)
+    return take
 
 
 class BurstWalk(wiring.Component):
