@@ -70,7 +70,7 @@ class SimTransport(Transport):
         self._simulator = simulator
         self.memory_bytes = memory_bytes
         self.timed = True
-        self.simulated_seconds = 0.0
+        self.simulated_cycles, self.simulated_seconds = 0, 0.0
         build = build_core(
             arch,
             memory_bytes=memory_bytes,
@@ -155,7 +155,9 @@ class SimTransport(Transport):
 
     def wait(self, timeout_cycles: int | None = None) -> None:
         cycles = timeout_cycles or 10_000_000
-        came, seconds = self._call("wait", cycles)
+        came, passed, seconds = self._call("wait", cycles)
+        self.elapsed_cycles = passed
+        self.simulated_cycles += passed
         self.simulated_seconds += seconds
         if code := self._call("violation"):
             raise SimulationError(f"The core broke the AXI protocol: {VIOLATIONS[code]}.")

@@ -18,6 +18,8 @@ def test_random_networks_on_rtl(name: str) -> None:
     assert [c for c in cases if c.mismatch] == []
     # The compiler may refuse a case, with a reason; if it refused most of them, this would test nothing.
     assert sum(not c.refused for c in cases) > CASES * 3 // 4
+    # By its own counter, or where it has none by the simulation's.
+    assert [c for c in cases if not c.refused and c.cycles <= 0] == []
 
 
 @pytest.mark.cosim

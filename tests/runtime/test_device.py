@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import numpy as np
@@ -49,6 +50,19 @@ def test_run_quantizes_and_returns_codes_and_real_numbers() -> None:
     assert result.cycles is None
     codes = result.outputs["y"]
     assert (d.run({"x": codes}).outputs["y"] == codes).all()
+
+
+@pytest.mark.parametrize("counters", [True, False])
+def test_cycles_are_those_of_the_core_or_of_the_transport_where_it_has_no_counters(counters: bool) -> None:
+    arch = dataclasses.replace(get_arch("small"), counters=counters)
+    transport = GoldenTransport(arch, memory_bytes=1 << 20)
+    transport.timed, transport.elapsed_cycles = True, 77
+    transport._values["COUNT_TOTAL"] = 55
+    d = Device(transport)
+    d.load(copy_program(arch=arch))
+    result = d.run(np.zeros((20, 1, 2)))
+    assert result.cycles == (55 if counters else 77)
+    assert bool(result.counters) == counters
 
 
 @pytest.mark.parametrize(

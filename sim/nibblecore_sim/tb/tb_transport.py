@@ -13,6 +13,7 @@ from typing import Any
 import cocotb
 from cocotb.clock import Clock
 from cocotb.triggers import ClockCycles, FallingEdge, First, RisingEdge, Timer
+from cocotb.utils import get_sim_time
 
 PERIOD_NS = 10
 
@@ -94,14 +95,15 @@ class Tb:
         clean = (word.lower().replace("x", "0").zfill(2 * self.bus_bytes) for word in words)
         return b"".join(bytes.fromhex(word)[::-1] for word in clean)
 
-    async def wait(self, cycles: int) -> tuple[bool, float]:
-        """Whether the interrupt came within ``cycles``, and the seconds that it took."""
-        began = time.monotonic()
+    async def wait(self, cycles: int) -> tuple[bool, int, float]:
+        """Whether the interrupt came within ``cycles``, and the cycles and the seconds that it took."""
+        began, at = time.monotonic(), get_sim_time("ns")
         if self.dut.irq.value != 1:
             await First(RisingEdge(self.dut.irq), Timer(cycles * PERIOD_NS, unit="ns"))
         # Back to an edge of the clock: whatever follows is synchronous.
         await RisingEdge(self.dut.clk)
-        return self.dut.irq.value == 1, time.monotonic() - began
+        passed = round((get_sim_time("ns") - at) / PERIOD_NS)
+        return self.dut.irq.value == 1, passed, time.monotonic() - began
 
     async def configure(self, **values: int) -> None:
         for name, value in values.items():

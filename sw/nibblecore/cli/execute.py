@@ -94,11 +94,12 @@ def run(
         spent = result.cycles
         rows.add_row(str(k), text, f"{spent:,}" if spent else "", f"{loaded.utilization(spent):.1%}" if spent else "")
     OUT.print(rows)
-    if cycles:
+    if results[-1].counters:
         counters = table("counters of the last image", "counter", "cycles>", "meaning")
         for counter in Counter:
             counters.add_row(counter.name, f"{results[-1].counters[counter]:,}", COUNTER_DOC[counter])
         OUT.print(counters)
+    if cycles:
         say(f"predicted: {loaded.predicted_cycles:,} cycles")
 
 

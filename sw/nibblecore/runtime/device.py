@@ -29,18 +29,21 @@ class Result:
     tensors : dict of str to int64 array
         Intermediate tensors that the program stores for comparison; empty unless it was compiled so.
     counters : dict of Counter to int
-        Performance counters; empty where the transport has no time.
+        Performance counters; empty where the core has none, or the transport no time.
+    elapsed : int or None
+        Cycles that the transport has counted.
     """
 
     program: Program
     outputs: dict[str, npt.NDArray[np.int64]]
     tensors: dict[str, npt.NDArray[np.int64]]
     counters: dict[Counter, int]
+    elapsed: int | None = None
 
     @property
     def cycles(self) -> int | None:
-        """Cycles from start to done; None where the transport has no time."""
-        return self.counters.get(Counter.TOTAL)
+        """Cycles from start to done: the core's own count, else the transport's; None where nobody counts."""
+        return self.counters.get(Counter.TOTAL, self.elapsed)
 
     def real(self, name: str | None = None) -> npt.NDArray[np.float64]:
         """An output as real numbers; the first one unless named."""
@@ -150,8 +153,10 @@ class Device:
         self.transport.wait(timeout_cycles or max(1_000_000, 50 * program.predicted_cycles))
         if regs.extract("STATUS", "error", self._read("STATUS")):
             raise self._stopped(program)
-        counters = {c: self._read(f"COUNT_{c.name}") for c in Counter} if self.transport.timed else {}
-        return Result(program, self._fetch(program.outputs), self._fetch(program.tensors), counters)
+        counted = self.transport.timed and program.arch.counters
+        counters = {c: self._read(f"COUNT_{c.name}") for c in Counter} if counted else {}
+        outputs, tensors = self._fetch(program.outputs), self._fetch(program.tensors)
+        return Result(program, outputs, tensors, counters, self.transport.elapsed_cycles)
 
     def reset(self) -> None:
         """Soft reset: the core becomes idle, the loaded program stays."""

@@ -19,11 +19,14 @@ class Transport(abc.ABC):
         Size of the DRAM, which starts at address 0.
     timed : bool
         Whether cycle counters mean something: False for functional models.
+    elapsed_cycles : int or None
+        Cycles of the last :meth:`wait` where the transport itself counts them, as simulations do.
     """
 
     arch: ArchConfig | None
     memory_bytes: int
     timed: bool
+    elapsed_cycles: int | None = None
 
     @abc.abstractmethod
     def read(self, address: int, count: int) -> bytes:
