@@ -127,13 +127,13 @@ class Accelerator(wiring.Component):
         m.submodules.arbiter = arbiter = AxiReadArbiter(arch=arch)
         activations = self._buffer(
             depth=arch.act_depth, banks=arch.act_banks, parts=arch.parts_per_brick, kind=arch.act_memory, readers=3,
-            writers=2,
+            writers=2, foretold=True,
         )  # fmt: skip
         weights = self._buffer(depth=arch.weight_depth, banks=1, parts=1, kind=arch.weight_memory, readers=2, writers=1)
         m.submodules.activations = activations
         m.submodules.weights = weights
 
-        dma = self._one_dma(m, control) if arch.sequential else self._two_dmas(m, control, post)
+        dma = self._one_dma(m, control) if arch.sequential else self._two_dmas(m, control, post, activations)
 
         # Buffers, in order of priority: whoever asks less often wins.
         for client, port in zip((dma.act_read, post.act_read, mac.x), activations.reads, strict=True):
@@ -182,21 +182,22 @@ class Accelerator(wiring.Component):
         m.d.sync += control.progress.eq(Cat(beats).any())
         return m
 
-    def _buffer(self, *, banks: int, **parameters: Any) -> Any:
+    def _buffer(self, *, banks: int, foretold: bool = False, **parameters: Any) -> Any:
         """For engines that work beside each other, or one after the other."""
         if self.arch.sequential:
             return SequentialBuffer(word_bits=self.arch.word_bits, **parameters)
         return BankedBuffer(
-            banks=banks, word_bits=self.arch.word_bits, technology=self.technology, checks=self.checks, **parameters
-        )
+            banks=banks, word_bits=self.arch.word_bits, technology=self.technology, foretold=foretold,
+            checks=self.checks, **parameters,
+        )  # fmt: skip
 
-    def _two_dmas(self, m: Module, control: Any, post: Any) -> "_Dma":
+    def _two_dmas(self, m: Module, control: Any, post: Any, activations: Any) -> "_Dma":
         """Engines of their own for LOAD and STORE."""
         load, store = LoadDma(arch=self.arch), StoreDma(arch=self.arch)
         load_reset, store_reset = copies(m, control.core_reset, 2, name="dma_reset")
         m.submodules.load = ResetInserter(load_reset)(load)
         m.submodules.store = ResetInserter(store_reset)(store)
-        m.d.comb += load.act_ready_next.eq(~post.act_write_next)
+        m.d.comb += [load.act_ready_next.eq(~post.act_write_next), activations.first_next.eq(store.act_next)]
         for port, unit, stall in (
             (control.load, load, control.stalls.load_bus),
             (control.store, store, control.stalls.store_bus),

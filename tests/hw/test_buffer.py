@@ -24,14 +24,16 @@ def run(dut: BankedBuffer, bench: Any) -> None:
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(
-    ("kind", "banks", "parts", "word_bits"),
+    ("kind", "banks", "parts", "word_bits", "foretold"),
     [
-        ("dual", 1, 1, 16), ("dual", 4, 1, 16), ("dual", 2, 4, 16), ("dual", 2, 1, 128), ("dual", 1, 2, 256),
-        ("single", 1, 2, 16), ("single", 4, 4, 16),
+        ("dual", 1, 1, 16, False), ("dual", 1, 1, 16, True), ("dual", 4, 1, 16, False), ("dual", 4, 1, 16, True),
+        ("dual", 2, 4, 16, True), ("dual", 2, 1, 128, False), ("dual", 1, 2, 256, False),
+        ("single", 1, 2, 16, False), ("single", 4, 4, 16, True),
     ],
 )  # fmt: skip
-def test_random_accesses(kind: str, banks: int, parts: int, word_bits: int, seed: int) -> None:
-    arguments = GOOD | {"kind": kind, "banks": banks, "parts": parts, "word_bits": word_bits, "checks": True}
+def test_random_accesses(kind: str, banks: int, parts: int, word_bits: int, foretold: bool, seed: int) -> None:
+    arguments = GOOD | {"kind": kind, "banks": banks, "parts": parts, "word_bits": word_bits, "checks": True,
+                        "foretold": foretold}  # fmt: skip
     dut = BankedBuffer(**arguments)
     rng = random.Random(seed)
     memory = [0] * dut.depth
@@ -44,9 +46,12 @@ def test_random_accesses(kind: str, banks: int, parts: int, word_bits: int, seed
     taken_banks, taken_next = set[int](), set[int]()
     just_written: set[int] = set()
     just_read: list[tuple[int, int, int]] = []  # cycle, reader, address
+    # What the first reader does in the next cycle, and banks that it says now, and has said the cycle before.
+    first_next = (False, 0)
+    tells, told = set[int](), set[int]()
 
     async def bench(ctx: Any) -> None:
-        nonlocal grants, taken_banks, taken_next, just_written, just_read
+        nonlocal grants, taken_banks, taken_next, just_written, just_read, first_next, tells, told
         for cycle in range(600):
             note = f"{kind=} {banks=} {parts=} {word_bits=} {seed=} {cycle=}"
             for when, reader, word in list(expected):
@@ -63,7 +68,12 @@ def test_random_accesses(kind: str, banks: int, parts: int, word_bits: int, seed
                 )
                 for _ in dut.writes
             ]
-            reads = [(rng.random() < 0.5, rng.randrange(dut.depth) & 0x33) for _ in dut.reads]
+            reads = [first_next, *((rng.random() < 0.5, rng.randrange(dut.depth) & 0x33) for _ in dut.reads[1:])]
+            first_next = (rng.random() < 0.5, rng.randrange(dut.depth) & 0x33)
+            told = tells
+            # Now and then one bank too many, which is allowed.
+            tells = {bank(a) for v, a in [first_next] if v} | {b for b in range(banks) if rng.random() < 0.1}
+            ctx.set(dut.first_next, sum(1 << b for b in tells))
             if kind == "dual":
                 writes = [(v and a not in {addr for _, _, addr in just_read}, a, *rest) for v, a, *rest in writes]
                 won_w = [not any(v for v, *_ in writes[:j]) for j in range(len(writes))]
@@ -77,11 +87,16 @@ def test_random_accesses(kind: str, banks: int, parts: int, word_bits: int, seed
                 not any(v and bank(a) == bank(addr) for v, a in [*reads[:i], *winners])
                 for i, (_, addr) in enumerate(reads)
             ]
+            if kind == "dual" and foretold:
+                won_r[1:last] = [
+                    bank(addr) not in told and not any(v and bank(a) == bank(addr) for v, a in reads[1 : 1 + n])
+                    for n, (_, addr) in enumerate(reads[1:last])
+                ]
             if kind == "dual":
                 won_r[last] = bank(reads[last][1]) not in taken_banks
                 just_read = [(cycle, i, a) for i, (v, a) in enumerate(reads[:last]) if v and won_r[i]]
                 free_next = sum(1 << b for b in range(banks) if b not in taken_next)
-                taken_banks, taken_next = taken_next, {bank(a) for _, _, a in just_read}
+                taken_banks, taken_next = taken_next, {bank(a) for v, a in reads[:last] if v}
             else:
                 free_next = 0
             for port, (valid, addr, data, mask) in zip(dut.writes, writes, strict=True):
@@ -118,6 +133,17 @@ def test_random_accesses(kind: str, banks: int, parts: int, word_bits: int, seed
 
     run(dut, bench)
     assert grants > 100, f"{kind=} {banks=} {parts=} {seed=}"
+
+
+def test_what_the_first_reader_has_not_foretold_is_caught() -> None:
+    dut = BankedBuffer(**GOOD, foretold=True, checks=True)
+
+    async def bench(ctx: Any) -> None:
+        ctx.set(dut.reads[0].valid, 1)
+        await ctx.tick()
+
+    with pytest.raises(AssertionError, match="the first reader asks for what it has not foretold"):
+        run(dut, bench)
 
 
 @pytest.mark.parametrize("reader", range(3))

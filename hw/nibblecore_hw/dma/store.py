@@ -71,6 +71,8 @@ class StoreDma(wiring.Component):
         The region of the instruction on ``command``.
     act : Out(read_port(...))
         To the activation buffer.
+    act_next : Out(act_banks)
+        Bit b: ``act`` asks for bank b in the next cycle, for the first time.
     bus : Out(axi_write_signature(arch))
     done_stb : Out(1)
         The responses of all bursts of an instruction have come.
@@ -94,6 +96,7 @@ class StoreDma(wiring.Component):
     command: Any
     region: Any
     act: Any
+    act_next: Signal
     bus: Any
     done_stb: Signal
     busy: Signal
@@ -111,6 +114,7 @@ class StoreDma(wiring.Component):
                 "command": In(command_signature()),
                 "region": In(region_layout()),
                 "act": Out(read_port(addr_bits=ceil_log2(arch.act_depth), word_bits=arch.word_bits)),
+                "act_next": Out(arch.act_banks),
                 "bus": Out(axi_write_signature(arch)),
                 "done_stb": Out(1),
                 "busy": Out(1),
@@ -154,8 +158,8 @@ class StoreDma(wiring.Component):
         # Words from the buffer; `claimed` counts those that are asked for or read, and not yet used.
         m.submodules.queue = queue = Queue(shape=arch.word_bits, depth=self.QUEUE_WORDS)
         claimed, arriving = Signal(range(self.QUEUE_WORDS + 1)), Signal(READ_LATENCY)
-        room, room_next = Signal(init=1), Signal()  # claimed != QUEUE_WORDS
-        may_ask = Signal()  # room, and not halted, as a register
+        # A register: the requests of the cycle in which it is found out, and of the one after that, find room.
+        may_ask = Signal()
         asked, granted, used = Signal(), Signal(), Signal()
         # Requests come from registers, as they decide whether others are granted theirs.
         request = Signal()
@@ -163,7 +167,6 @@ class StoreDma(wiring.Component):
             self.act.valid.eq(request),
             granted.eq(request & self.act.ready),
             words.o.ready.eq((~request | self.act.ready) & may_ask),
-            room_next.eq(Mux(asked & ~used, claimed != self.QUEUE_WORDS - 1, room | used)),
             asked.eq(words.o.valid & words.o.ready),
             used.eq(queue.o.valid & queue.o.ready),
             queue.i.valid.eq(arriving[-1]),
@@ -173,11 +176,12 @@ class StoreDma(wiring.Component):
             request.eq(asked | (request & ~self.act.ready)),
             arriving.eq(Cat(granted, arriving)),
             claimed.eq(claimed + asked - used),
-            room.eq(room_next),
-            may_ask.eq(room_next & ~halted),
+            may_ask.eq((claimed <= self.QUEUE_WORDS - 2) & ~halted),
         ]
         with m.If(asked):
             m.d.sync += self.act.addr.eq(words.o.payload.addr)
+        row_bits = ceil_log2(arch.act_depth // arch.act_banks)
+        m.d.comb += self.act_next.eq(Cat(asked & (words.o.payload.addr[row_bits:] == b) for b in range(arch.act_banks)))
 
         # AW. The queues hold what is in flight, so they never are full when a burst is issued.
         lanes = lane_bits(arch)

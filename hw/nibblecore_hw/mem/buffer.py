@@ -66,7 +66,8 @@ class BankedBuffer(wiring.Component):
     bank: writers share a register, and the lower index wins. A ``single`` bank has one access, and every writer wins
     over every reader. ``ready`` depends combinationally on ``valid`` and ``addr`` of the ports that win over it, and
     not on its own ``valid``; except that the last reader of a ``dual`` buffer is told by registers: it loses two cycles
-    *after* the one in which another reader of its bank was granted.
+    *after* the one in which another reader has asked for its bank. With ``foretold``, those between it and the first
+    reader of a ``dual`` buffer are told by registers too.
 
     Read data stands in the cycle that begins :data:`~nibblecore_hw.layouts.LAST_READ_LATENCY` edges after the grant of
     the last reader, and :data:`~nibblecore_hw.layouts.READ_LATENCY` edges, two more, after that of any other. There are
@@ -100,6 +101,9 @@ class BankedBuffer(wiring.Component):
         Ports, at least 1 each, in order of priority.
     technology : {"generic", "ecp5"}
         Primitives that may be instantiated.
+    foretold : bool
+        ``first_next`` is driven: the first reader, which always wins in a ``dual`` buffer, says a cycle ahead which
+        bank it asks for.
     checks : bool
         Assert in simulation and formal proofs that no word of a ``dual`` bank is read while it is written. Leave it off
         for synthesis.
@@ -108,6 +112,9 @@ class BankedBuffer(wiring.Component):
     -------
     reads : In(read_port(...)).array(readers)
     writes : In(write_port(...)).array(writers)
+    first_next : In(banks)
+        Bit b: the first reader asks for bank b in the next cycle. Only looked at with ``foretold``, in a ``dual``
+        buffer; a bit that is set for nothing costs the other readers of that bank a cycle.
     conflicts : Out(readers)
         Bit i: reader i asks in this cycle and is not granted.
     last_ready_next : Out(banks)
@@ -120,6 +127,7 @@ class BankedBuffer(wiring.Component):
         For a parameter outside its range, or an unknown technology.
     """
 
+    first_next: Signal
     conflicts: Signal
     last_ready_next: Signal
 
@@ -134,6 +142,7 @@ class BankedBuffer(wiring.Component):
         readers: int,
         writers: int,
         technology: str = "generic",
+        foretold: bool = False,
         checks: bool = False,
     ) -> None:
         for name, value in (("depth", depth), ("banks", banks)):
@@ -149,13 +158,14 @@ class BankedBuffer(wiring.Component):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value!r}")
         self.depth, self.banks, self.word_bits, self.parts, self.kind = depth, banks, word_bits, parts, kind
-        self.readers, self.writers, self.checks = readers, writers, checks
+        self.readers, self.writers, self.foretold, self.checks = readers, writers, foretold, checks
         self._technology = check_technology(technology)
         addr_bits = ceil_log2(depth)
         super().__init__(
             {
                 "reads": In(read_port(addr_bits=addr_bits, word_bits=word_bits)).array(readers),
                 "writes": In(write_port(addr_bits=addr_bits, word_bits=word_bits, parts=parts)).array(writers),
+                "first_next": In(banks),
                 "conflicts": Out(readers),
                 "last_ready_next": Out(banks),
             }
@@ -180,8 +190,19 @@ class BankedBuffer(wiring.Component):
         for j, port in enumerate(writes):
             m.d.comb += port.ready.eq(~(_any([w.valid for w in writes[:j]]) if is_dual else beaten(port, writes[:j])))
         early, last = reads[:-1], reads[-1]
+        # What beats a reader that is far from the first one stands in registers that can be near it.
+        first_asks = Signal(self.banks, reset_less=True)
+        if is_dual and self.foretold:
+            m.d.sync += first_asks.eq(self.first_next)
+            if self.checks:
+                asks = Cat(wanted(reads[0], b) for b in range(self.banks))
+                m.d.sync += Assert(~(asks & ~first_asks).any(), "the first reader asks for what it has not foretold")
         for i, port in enumerate(early):
-            m.d.comb += port.ready.eq(~beaten(port, reads[:i] + ([] if is_dual else writes)))
+            if i and is_dual and self.foretold:
+                loses = first_asks.bit_select(bank_of(port.addr), 1) | beaten(port, reads[1:i])
+            else:
+                loses = beaten(port, reads[:i] + ([] if is_dual else writes))
+            m.d.comb += port.ready.eq(~loses)
         m.d.comb += self.conflicts.eq(Cat(port.valid & ~port.ready for port in reads))
 
         # What stands before the registers of the banks. In a dual buffer, all readers but the last go through two
