@@ -42,8 +42,8 @@ class SkidBuffer(wiring.Component):
         Shape of an item.
     groups : int
         The bits of an item are cut into so many groups, 1..4, which have registers of their own for what lets them go
-        on: for items of so many bits that one register would be far from most of them. No item may come in the cycle
-        behind a reset.
+        on: for items of so many bits that one register would be far from most of them. With more than one, no item may
+        come in the cycle behind a reset or in the first one of all.
 
     Members
     -------

@@ -16,7 +16,7 @@
 
 from typing import Any, NamedTuple
 
-from amaranth import Cat, Module, ResetInserter, Signal
+from amaranth import Cat, Module, ResetInserter, Signal, Value
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out, Signature, connect
 
@@ -36,7 +36,7 @@ from .dma.store import StoreDma
 from .layouts import axi_lite_signature, axi_read_signature, axi_write_signature
 from .mem.buffer import BankedBuffer
 from .mem.sequential import SequentialBuffer
-from .registers import copies
+from .registers import copies, delayed
 
 
 def _flat(prefix: str, *signatures: Signature) -> dict[str, Any]:
@@ -64,7 +64,8 @@ class Accelerator(wiring.Component):
     technology : {"generic", "ecp5"}
         Primitives that may be instantiated.
     checks : bool
-        Assert in simulation that no buffer word is read while it is written.
+        Assert in simulation that no buffer word is read while it is written, and that STORE asks for what it has
+        foretold.
 
     Members
     -------
@@ -118,9 +119,12 @@ class Accelerator(wiring.Component):
         else:
             m.d.comb += mac_reset.eq(control.core_reset)
         if arch.sequential:
-            m.d.comb += post_runs.eq(~control.core_reset)
+            soft_reset: Value = control.core_reset
+            m.d.comb += post_runs.eq(~soft_reset)
         else:
-            m.d.sync += post_runs.eq(~control.core_reset)
+            # One register more on the way, so that each of those behind it can be near what it resets.
+            soft_reset = delayed(m, control.core_reset, 1, "soft_reset")
+            m.d.sync += post_runs.eq(~soft_reset)
         post = SequentialPost(arch) if arch.sequential else PostUnit(arch, technology=self.technology)
         m.submodules.mac = ResetInserter(mac_reset)(mac)
         m.submodules.post = ResetInserter(~post_runs)(post)
@@ -133,7 +137,11 @@ class Accelerator(wiring.Component):
         m.submodules.activations = activations
         m.submodules.weights = weights
 
-        dma = self._one_dma(m, control) if arch.sequential else self._two_dmas(m, control, post, activations)
+        dma = (
+            self._one_dma(m, control, soft_reset)
+            if arch.sequential
+            else self._two_dmas(m, control, soft_reset, post, activations)
+        )
 
         # Buffers, in order of priority: whoever asks less often wins.
         for client, port in zip((dma.act_read, post.act_read, mac.x), activations.reads, strict=True):
@@ -191,10 +199,10 @@ class Accelerator(wiring.Component):
             checks=self.checks, **parameters,
         )  # fmt: skip
 
-    def _two_dmas(self, m: Module, control: Any, post: Any, activations: Any) -> "_Dma":
+    def _two_dmas(self, m: Module, control: Any, reset: Value, post: Any, activations: Any) -> "_Dma":
         """Engines of their own for LOAD and STORE."""
         load, store = LoadDma(arch=self.arch), StoreDma(arch=self.arch)
-        load_reset, store_reset = copies(m, control.core_reset, 2, name="dma_reset")
+        load_reset, store_reset = copies(m, reset, 2, name="dma_reset")
         m.submodules.load = ResetInserter(load_reset)(load)
         m.submodules.store = ResetInserter(store_reset)(store)
         m.d.comb += [load.act_ready_next.eq(~post.act_write_next), activations.first_next.eq(store.act_next)]
@@ -215,9 +223,9 @@ class Accelerator(wiring.Component):
             ]
         return _Dma(load.act, load.weights, store.act, load.bus, store.bus)
 
-    def _one_dma(self, m: Module, control: Any) -> "_Dma":
+    def _one_dma(self, m: Module, control: Any, reset: Value) -> "_Dma":
         """One for both."""
-        m.submodules.dma = ResetInserter(control.core_reset)(dma := SequentialDma(arch=self.arch))
+        m.submodules.dma = ResetInserter(reset)(dma := SequentialDma(arch=self.arch))
         m.d.comb += [dma.stop.eq(control.stop), dma.region.eq(control.load.region)]
         for n, (port, command, stall) in enumerate(
             (

@@ -178,26 +178,31 @@ def test_arbiter() -> None:
 
 
 class SkidSpec(wiring.Component):
-    """Items come out in the order in which they went in, none twice, none lost: they are numbered, modulo 8."""
+    """Items come out in the order in which they went in, none twice, none lost: they are numbered, modulo 16."""
 
-    def __init__(self) -> None:
-        super().__init__({"i": In(stream.Signature(3)), "o": Out(stream.Signature(3))})
+    def __init__(self, groups: int) -> None:
+        self.groups = groups
+        super().__init__({"i": In(stream.Signature(4)), "o": Out(stream.Signature(4))})
 
     def elaborate(self, platform: Any) -> Module:
         m = Module()
-        m.submodules.skid = skid = SkidBuffer(shape=3)
+        m.submodules.skid = skid = SkidBuffer(shape=4, groups=self.groups)
         connect(m, flipped(self.i), skid.i)
         connect(m, skid.o, flipped(self.o))
         assume_stream_rule(m, self.i)
         assert_stream_rule(m, self.o)
-        entered, left = Signal(3), Signal(3)
+        if self.groups > 1:
+            begun = Signal()
+            m.d.sync += begun.eq(1)
+            m.d.comb += Assume(begun | ~self.i.valid)
+        entered, left = Signal(4), Signal(4)
         m.d.comb += [Assume(self.i.payload == entered), Assert(~self.o.valid | (self.o.payload == left))]
         m.d.sync += [
             entered.eq(entered + (self.i.valid & self.i.ready)),
             left.eq(left + (self.o.valid & self.o.ready)),
         ]
         # There is room whenever no more than one item is inside, and an item at the output whenever one is inside.
-        inside = Signal(3)
+        inside = Signal(4)
         m.d.comb += [
             inside.eq(entered - left),
             Assert(inside <= 2),
@@ -207,5 +212,6 @@ class SkidSpec(wiring.Component):
         return m
 
 
-def test_skid_buffer() -> None:
-    prove(SkidSpec(), depth=8)
+@pytest.mark.parametrize("groups", [1, 2, 3, 4])
+def test_skid_buffer(groups: int) -> None:
+    prove(SkidSpec(groups), depth=10, reset="any" if groups > 1 else "never")

@@ -37,14 +37,13 @@ def test_too_many_copies_are_refused() -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 4])
-@pytest.mark.parametrize("seed", range(3))
-def test_skid_buffer_passes_every_item_once_and_in_order(groups: int, seed: int) -> None:
-    rng = random.Random(seed)
+@pytest.mark.parametrize(("offers", "takes"), [(1, 1), (1, 0.5), (0.5, 1), (0.5, 0.5)])
+def test_skid_buffer_passes_every_item_once_and_in_order(groups: int, offers: float, takes: float) -> None:
+    rng = random.Random(groups)
     m = Module()
     m.submodules.buffer = buffer = SkidBuffer(shape=13, groups=groups)
     items = [rng.randrange(1 << 13) for _ in range(200)]
     sent, taken, cycles = 0, list[int](), 0
-    offers, takes = rng.choice([1, 0.5]), rng.choice([1, 0.5])
     sim = Simulator(m)
     sim.add_clock(1e-6)
 
@@ -67,9 +66,9 @@ def test_skid_buffer_passes_every_item_once_and_in_order(groups: int, seed: int)
 
     sim.add_testbench(bench)
     sim.run()
-    assert taken == items, f"{seed=}"
+    assert taken == items
     if offers == takes == 1:
-        assert cycles == len(items) + 2, f"{seed=}"
+        assert cycles == len(items) + 2
 
 
 def test_skid_buffer_refuses_too_many_groups() -> None:

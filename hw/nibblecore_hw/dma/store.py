@@ -207,7 +207,7 @@ class StoreDma(wiring.Component):
         beat_bits = ceil_log2(arch.beats_per_word)
         number = Signal(len(bursts.o.payload.words_m1))
         beat, word_ends, burst_ends = Signal(beat_bits), Signal(), Signal()
-        # Whether the bus is ready ends here: no counter hears of it, and each lane of 32 bits by a register of its own.
+        # Whether the bus is ready ends here: no counter hears of it, and no register lets many bits go on.
         m.submodules.beats = beats = SkidBuffer(
             shape=data.StructLayout({"data": arch.bus_bits, "strobes": arch.bus_bytes, "last": 1, "ends_word": 1}),
             groups=min(4, max(1, arch.bus_bits // 32)),

@@ -66,8 +66,8 @@ class BankedBuffer(wiring.Component):
     bank: writers share a register, and the lower index wins. A ``single`` bank has one access, and every writer wins
     over every reader. ``ready`` depends combinationally on ``valid`` and ``addr`` of the ports that win over it, and
     not on its own ``valid``; except that the last reader of a ``dual`` buffer is told by registers: it loses two cycles
-    *after* the one in which another reader has asked for its bank. With ``foretold``, those between it and the first
-    reader of a ``dual`` buffer are told by registers too.
+    *after* the one in which another reader has asked for its bank. With ``foretold``, a register tells
+    those between it and the first reader of a ``dual`` buffer whether that one beats them.
 
     Read data stands in the cycle that begins :data:`~nibblecore_hw.layouts.LAST_READ_LATENCY` edges after the grant of
     the last reader, and :data:`~nibblecore_hw.layouts.READ_LATENCY` edges, two more, after that of any other. There are
@@ -105,7 +105,8 @@ class BankedBuffer(wiring.Component):
         ``first_next`` is driven: the first reader, which always wins in a ``dual`` buffer, says a cycle ahead which
         bank it asks for.
     checks : bool
-        Assert in simulation and formal proofs that no word of a ``dual`` bank is read while it is written. Leave it off
+        Assert in simulation and formal proofs that no word of a ``dual`` bank is read while it is written, and that the
+        first reader asks for nothing that it has not foretold. Leave it off
         for synthesis.
 
     Members

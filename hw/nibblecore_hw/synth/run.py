@@ -60,7 +60,7 @@ but with nets that are too slow."""
 ROUTER2_LAST: Final = 100
 """From so few overused wires on, router2 gets ten times as many iterations: they are quick, and it often ends well."""
 
-_FLOORPLAN: Final = 1
+_FLOORPLAN: Final = 2
 """Change it when :mod:`.floorplan` gives other sites than before."""
 
 _FORMAT: Final = 1

@@ -31,7 +31,7 @@ class Result:
     counters : dict of Counter to int
         Performance counters; empty where the core has none, or the transport no time.
     elapsed : int or None
-        Cycles that the transport has counted.
+        Cycles that the transport has counted, a few more or less than the core's own count.
     """
 
     program: Program

@@ -20,7 +20,8 @@ class Transport(abc.ABC):
     timed : bool
         Whether cycle counters mean something: False for functional models.
     elapsed_cycles : int or None
-        Cycles of the last :meth:`wait` where the transport itself counts them, as simulations do.
+        Cycles of the last :meth:`wait`, but for a few from the start to the interrupt, where the transport itself
+        counts them, as simulations do.
     """
 
     arch: ArchConfig | None
