@@ -26,5 +26,8 @@ def test_layer_fills_the_array_of_small() -> None:
     for name, got in result.outputs.items():
         assert (got == want[name][0]).all()
     assert result.cycles is not None
+    # The simulation counts the same from outside, but for the cycles around start and interrupt.
+    assert result.elapsed is not None
+    assert abs(result.elapsed - result.cycles) <= 20
     assert program.utilization(result.cycles) >= 0.85
     assert abs(program.predicted_cycles / result.cycles - 1) <= 0.05
