@@ -175,6 +175,10 @@ def test_read_while_written_is_caught(reader: int) -> None:
         ({"parts": 3}, "parts=3 must divide word_bits=16"),
         ({"kind": "triple"}, "kind must be 'dual' or 'single', not 'triple'"),
         ({"readers": 0}, "readers must be at least 1, not 0"),
+        (
+            {"readers": 2, "foretold": True},
+            "foretold is about readers between the first and the last: there are none of 2",
+        ),
         ({"writers": 0}, "writers must be at least 1, not 0"),
     ],
 )

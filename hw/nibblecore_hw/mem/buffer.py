@@ -158,6 +158,8 @@ class BankedBuffer(wiring.Component):
         for name, value in (("readers", readers), ("writers", writers)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value!r}")
+        if foretold and readers < 3:
+            raise ValueError(f"foretold is about readers between the first and the last: there are none of {readers}")
         self.depth, self.banks, self.word_bits, self.parts, self.kind = depth, banks, word_bits, parts, kind
         self.readers, self.writers, self.foretold, self.checks = readers, writers, foretold, checks
         self._technology = check_technology(technology)
