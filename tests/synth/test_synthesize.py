@@ -199,8 +199,10 @@ def place(folder: Path, said: str, *troubles: Exception) -> list[list[str]]:
             raise troubles[len(commands) - 2]
         (folder / log).write_text(said)
         if "--write" in command:
-            design = {"modules": {"top": {"settings": {"router": "router2", "target_freq": "120000000.0"}}, "cell": {}}}
+            settings = {"router": "router2", "target_freq": "120000000.0"}
+            design = {"modules": {"top": {"settings": settings, "cells": {}}, "cell": {}}}
             (folder / command[command.index("--write") + 1]).write_text(json.dumps(design))
+            (folder / command[command.index("--sdf") + 1]).write_text("(DELAYFILE)\n")
         return run._Usage(seconds=1.0)
 
     device = get_device("ecp5-25k")

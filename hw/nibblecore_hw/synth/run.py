@@ -29,6 +29,7 @@ from ..verilog import to_verilog
 from .check import check_netlist
 from .devices import FpgaDevice
 from .floorplan import assign_sites
+from .relocate import Timing, relocate
 
 ROUTER2_MACS: Final = 1024
 """From so many MACs on nextpnr's router2 is taken, behind its static placer: router1, the default, does not converge on
@@ -62,6 +63,9 @@ ROUTER2_LAST: Final = 100
 
 _FLOORPLAN: Final = 2
 """Change it when :mod:`.floorplan` gives other sites than before."""
+
+_RELOCATION: Final = 1
+"""The same for :mod:`.relocate`."""
 
 _FORMAT: Final = 1
 """Part of every key: change it when results of older code must not be used any more."""
@@ -434,7 +438,16 @@ def _route(
     elif device.family == "ecp5":
         options += ["--placer-heap-timingweight", str(HEAP_TIMING_WEIGHT)]
     # What else decides about the result.
-    repair = {"repair": REPAIR_SHARE, "margin": ROUTER2_MARGIN, "floorplan": _FLOORPLAN} if in_two_steps else {}
+    repair = (
+        {
+            "repair": REPAIR_SHARE,
+            "margin": ROUTER2_MARGIN,
+            "floorplan": _FLOORPLAN,
+            "relocation": _RELOCATION,
+        }
+        if in_two_steps
+        else {}
+    )
     key = _key(
         netlist=netlist.key, options=options, pins=device.constraints(), tool=tool_version(device.nextpnr), **repair
     )
@@ -456,7 +469,7 @@ def _route(
         if in_two_steps:
             report("choosing sites of block RAM")
             design = _with_sites(folder, device, seed)
-            usage = _place_then_route(run, device, options, folder, design, seed, frequency_mhz, watcher.again)
+            usage = _place_then_route(run, device, options, folder, design, seed, frequency_mhz, watcher.again, report)
         else:
             command = [device.nextpnr, *options, "--json", "top.json", "--report", f"report{seed}.json"]
             usage = run(command, log=f"nextpnr{seed}.log")
@@ -497,9 +510,10 @@ def _place_then_route(
     seed: int,
     frequency_mhz: float,
     again: Callable[[], None] = lambda: None,
+    report: Callable[[str], None] = lambda _: None,
 ) -> _Usage:
     """nextpnr twice: the second run routes what the first one has placed, towards what the placement promises in MHz,
-    or ``frequency_mhz`` where that is less.
+    or ``frequency_mhz`` where that is less. Between them, cells of the longest paths are moved (:mod:`.relocate`).
 
     Where the router ends all conflicts, but never meets this target, it runs once more with a lower one. So it does
     where it does not end them, and the second time without ``--tmg-ripup``, which takes more wires. ``again`` is called
@@ -512,14 +526,17 @@ def _place_then_route(
     DoesNotRoute
         Not without ``--tmg-ripup`` either.
     """
-    placed, log = f"placed{seed}.json", f"nextpnr{seed}.place.log"
-    usage = run([device.nextpnr, *options, "--json", design, "--no-route", "--write", placed], log=log)
+    placed, log, sdf = f"placed{seed}.json", f"nextpnr{seed}.place.log", f"placed{seed}.sdf"
+    usage = run([device.nextpnr, *options, "--json", design, "--no-route", "--write", placed, "--sdf", sdf], log=log)
     # The report of a design that is not routed has no clocks.
     promised = [float(mhz) for mhz in _PROMISED.findall((folder / log).read_text(errors="replace"))]
     if not promised:
         raise ToolFailed(
             f"{device.nextpnr} says of no clock how fast it will be.", hint=f"See {log} (--work keeps it)."
         )
+    report("moving cells of the longest paths")
+    if relocated := _relocated(folder / placed, folder / sdf):
+        promised = [relocated]
     kept = list(device.options)
     del kept[kept.index("--lpf") : kept.index("--lpf") + 2]  # pins are in the design
     command = [device.nextpnr, *kept, "--timing-allow-fail", "--seed", str(seed), "--json", placed]
@@ -547,6 +564,22 @@ def _place_then_route(
             else:
                 target, was_stuck = target * TARGET_STEP, True
         usage += _Usage(seconds=time.monotonic() - began)
+
+
+def _relocated(placed: Path, sdf: Path) -> float | None:
+    """Move cells of a placement that nextpnr has written; the clock in MHz that it promises then, None as before."""
+    content = json.loads(placed.read_text())
+    with sdf.open() as lines:
+        timing = Timing(lines)
+    moves = 0
+    for module in content["modules"].values():
+        if "settings" in module:
+            moves, longest = relocate(module["cells"], timing)
+    sdf.unlink()  # 70 MB
+    if not moves:
+        return None
+    write_atomically(placed, json.dumps(content).encode())
+    return 1e6 / longest
 
 
 def synthesize(
