@@ -35,7 +35,8 @@ ROUNDS: Final = 60
 SWEEPS: Final = 40
 """Steps by which logic moves to its neighbours' centre between two assignments."""
 
-_CLOCKS: Final = ("CLK", "WCK")
+CLOCK_PORTS: Final = ("CLK", "WCK")
+"""How the names of clock inputs begin."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ class _Graph:
         on_net: dict[int, set[int]] = {}
         for n, cell in enumerate(cells.values()):
             for port, bits in cell["connections"].items():
-                if not port.startswith(_CLOCKS):
+                if not port.startswith(CLOCK_PORTS):
                     for bit in bits:
                         if isinstance(bit, int):  # others are constants
                             on_net.setdefault(bit, set()).add(n)

@@ -19,9 +19,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Timing", "relocate"]
+from .floorplan import CLOCK_PORTS, Floats
 
-Floats = npt.NDArray[np.float64]
+__all__ = ["Timing", "relocate"]
 
 SHARE: Final = 0.9
 """Paths of more than this share of the longest one are looked at."""
@@ -40,7 +40,6 @@ REACH: Final = 4
 
 _BEL: Final = re.compile(r"X(\d+)/Y(\d+)/(SLICE[A-D])\.(.*)")
 _LUT_PORTS: Final = frozenset("ABCDF")
-_CLOCK_PORTS: Final = ("CLK", "WCK")
 
 
 def _largest(triples: str) -> float:
@@ -83,7 +82,7 @@ class Timing:
                     self.sinks[words[1]].append(words[2])
                 case ["(IOPATH"]:
                     start, end, delay = words[1], f"{instance}/{words[2]}", _largest(" ".join(words[3:]))
-                    if start.startswith(_CLOCK_PORTS):
+                    if start.startswith(CLOCK_PORTS):
                         self._launch[end] = max(delay, self._launch.get(end, 0.0))
                     else:
                         self._into[end].append((f"{instance}/{start}", delay))
@@ -208,8 +207,8 @@ class _Placement:
     def __init__(self, cells: Mapping[str, Any]) -> None:
         self.cells = cells
         self.at: dict[str, Floats] = {}
-        self._used: dict[tuple[int, int], set[str]] = defaultdict(set)  # slices of each tile
-        self._resets: dict[tuple[int, int], set[int]] = defaultdict(set)
+        used: dict[tuple[int, int], set[str]] = defaultdict(set)  # slices of each tile
+        resets: dict[tuple[int, int], set[int]] = defaultdict(set)
         for name, cell in cells.items():
             place = cell["attributes"].get("NEXTPNR_BEL", "")
             if not (where := re.match(r"X(\d+)/Y(\d+)/", place)):
@@ -217,17 +216,17 @@ class _Placement:
             tile = int(where[1]), int(where[2])
             self.at[name] = np.array(tile, dtype=np.float64)
             if found := _BEL.match(place):
-                self._used[tile].add(found[3])
-                self._resets[tile].update(bit for bit in cell["connections"].get("LSR", []) if isinstance(bit, int))
+                used[tile].add(found[3])
+                resets[tile].update(bit for bit in cell["connections"].get("LSR", []) if isinstance(bit, int))
         # Every tile of which a slice is used has four.
         self._empty = sorted(
             (*tile, f"SLICE{letter}")
-            for tile, slices in self._used.items()
+            for tile, slices in used.items()
             for letter in "ABCD"
             if f"SLICE{letter}" not in slices
         )
         # Two resets at most reach a tile, and no reset might count as one.
-        self._few_resets = [len(self._resets[x, y]) <= 1 for x, y, _ in self._empty]
+        self._few_resets = [len(resets[x, y]) <= 1 for x, y, _ in self._empty]
         self._free = np.ones(len(self._empty), dtype=bool)
         self.places = np.array([(x, y) for x, y, _ in self._empty], dtype=np.float64).reshape(-1, 2)
 
